@@ -1,0 +1,156 @@
+"""The one schema of all options, shared by every front end and by the configuration files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_superpipe.errors import ConfigError
+
+__all__ = ["Adversary", "Auto", "Link", "SuperpipeConfig", "UnitChoice", "parse_bytes"]
+
+Auto = Literal["auto"]
+UnitChoice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+
+
+def parse_bytes(size: int | str) -> int:
+    """Return a number of bytes; text may use decimal (GB) or binary (GiB) units.
+
+    Raises:
+        ConfigError: not a size, or negative.
+
+    >>> parse_bytes("1.5GiB"), parse_bytes("2 MB"), parse_bytes(512)
+    (1610612736, 2000000, 512)
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is None:
+        raise ConfigError(f"{size!r} is not a size in bytes: write an integer or text such as '8GiB' or '500MB'.")
+    number, prefix, binary = match.groups()
+    exponent = " KMGT".index(prefix.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** exponent)
+
+
+@dataclass(frozen=True)
+class Link:
+    """An emulated link between host and device, for machines without an accelerator.
+
+    Attributes:
+        h2d_gb_s: host-to-device bandwidth in 10^9 bytes per second; None copies at memory speed.
+        d2h_gb_s: device-to-host bandwidth, likewise.
+        latency_ms: fixed cost of each copy in milliseconds.
+    """
+
+    h2d_gb_s: float | None = None
+    d2h_gb_s: float | None = None
+    latency_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("h2d_gb_s", "d2h_gb_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"link.{name}={value!r}: a bandwidth is positive, or null for memory speed.")
+        if self.latency_ms < 0:
+            raise ConfigError(f"link.latency_ms={self.latency_ms!r}: a latency is not negative.")
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """Makes timing and memory hostile, so that a missing fence shows as a wrong number. For tests and bug reports.
+
+    Attributes:
+        poison: fill device memory with NaN bytes when a unit leaves it.
+        shuffle_slots: load each unit into a random free slot.
+        max_delay_ms: each copy starts up to this much later (emulated lanes only).
+        seed: of the random choices above.
+    """
+
+    poison: bool = True
+    shuffle_slots: bool = True
+    max_delay_ms: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SuperpipeConfig:
+    """What to stream and how.
+
+    Attributes:
+        k: most units on the device at once, those in flight included; ``"auto"`` takes a small window that fits.
+        k_prime: units moved per transfer, ``1 <= k_prime <= k``; only ``k_prime < k`` overlaps copies with compute.
+        device_memory: bytes that the plan may use on the device (``"8GiB"`` or an integer); None sets no limit.
+        units: class names, module names or patterns, or a callable ``(name, module) -> bool`` that marks the units;
+            None finds them.
+        pin_memory: page-lock the host store; ``"auto"`` does so where the device can use it.
+        fused_optimizer: use torch's fused CPU kernels where the optimizer left the choice open; ``"auto"`` does so on
+            accelerators only, where no choice could be bit-equal to an update on the device.
+        record_step: index of the training step whose lanes and memory are recorded; None records none.
+        link: emulated link (machines without an accelerator).
+        adversary: hostile timing and memory, for tests.
+
+    Raises:
+        ConfigError: an option has a wrong type or an impossible value.
+    """
+
+    k: int | Auto = "auto"
+    k_prime: int = 1
+    device_memory: int | str | None = None
+    units: UnitChoice = None
+    pin_memory: bool | Auto = "auto"
+    fused_optimizer: bool | Auto = "auto"
+    record_step: int | None = None
+    link: Link | None = None
+    adversary: Adversary | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("k_prime", self.k_prime)
+        if self.k != "auto":
+            _check_count("k", self.k, also="'auto'")
+            if self.k_prime > int(self.k):
+                raise ConfigError(
+                    f"k_prime={self.k_prime} is larger than k={self.k}: at most k units are on the device, so at most "
+                    f"k can move at once. Use 1 <= k_prime <= {self.k}."
+                )
+        for name in ("pin_memory", "fused_optimizer"):
+            if getattr(self, name) not in (True, False, "auto"):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are true, false and 'auto'.")
+        if self.record_step is not None and (not isinstance(self.record_step, int) or self.record_step < 0):
+            raise ConfigError(f"record_step={self.record_step!r}: the index of a training step (0 or more), or null.")
+        if self.device_memory is not None:
+            object.__setattr__(self, "device_memory", parse_bytes(self.device_memory))
+
+    @classmethod
+    def from_options(cls, **options: Any) -> SuperpipeConfig:
+        """Build a config from keyword options; an unknown name is answered with the nearest known one.
+
+        >>> SuperpipeConfig.from_options(kprime=2)
+        Traceback (most recent call last):
+        ...
+        lightning_superpipe.errors.ConfigError: unknown option 'kprime': did you mean 'k_prime'?
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}."
+                raise ConfigError(f"unknown option {name!r}: {hint}")
+        for name, nested in (("link", Link), ("adversary", Adversary)):
+            if isinstance(options.get(name), dict):
+                options[name] = nested(**options[name])
+        return cls(**options)
+
+
+def _check_count(name: str, value: Any, also: str | None = None) -> None:
+    """Raise ConfigError unless ``value`` is an integer of at least one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        allowed = "an integer of at least 1" + (f" or {also}" if also else "")
+        raise ConfigError(f"{name}={value!r}: {allowed} is allowed.")

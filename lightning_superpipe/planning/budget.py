@@ -1,0 +1,91 @@
+"""How many units fit: the device bytes that a window needs, and the largest window under a budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from humanize import naturalsize
+
+from lightning_superpipe.errors import BudgetError
+
+__all__ = ["AUTO_K", "MemoryNeed", "choose_k"]
+
+AUTO_K = 3
+"""One unit computes, one arrives, one leaves: more slots only help where copies are irregular."""
+
+_NUM_GRADIENT_SLOTS = 2
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Device bytes that are known before the first step; activations come on top.
+
+    Attributes:
+        slot_bytes: of the largest unit.
+        largest_unit: its name.
+        anchor_bytes: parameters and buffers with a permanent device copy.
+        num_units: units of the model.
+        trains: gradients need room as well.
+    """
+
+    slot_bytes: int
+    largest_unit: str
+    anchor_bytes: int
+    num_units: int
+    trains: bool = True
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Room for gradients on their way home: those of the unit that computes, and of the one before."""
+        return _NUM_GRADIENT_SLOTS * self.slot_bytes if self.trains else 0
+
+    def total(self, k: int) -> int:
+        """Bytes that a window of ``k`` units needs.
+
+        >>> MemoryNeed(slot_bytes=10, largest_unit="h", anchor_bytes=5, num_units=8).total(k=3)
+        55
+        """
+        return k * self.slot_bytes + self.anchor_bytes + self.gradient_bytes
+
+
+def choose_k(k: int | None, need: MemoryNeed, budget_bytes: int | None, *, k_prime: int) -> int:
+    """Return the window to use: ``k`` as asked, or a small one that fits when None; never more than all units.
+
+    Raises:
+        BudgetError: the budget is too small; the message holds the numbers and what would fit.
+
+    >>> choose_k(None, MemoryNeed(slot_bytes=10, largest_unit="h", anchor_bytes=0, num_units=8), 45, k_prime=1)
+    2
+    """
+    asked = min(max(AUTO_K, k_prime + 1) if k is None else k, need.num_units)
+    if budget_bytes is None or need.total(asked) <= budget_bytes:
+        return asked
+    fits = (budget_bytes - need.total(0)) // need.slot_bytes if need.slot_bytes else asked
+    if k is None and fits >= max(1, k_prime):
+        return min(asked, fits)
+    raise BudgetError(_refusal(asked, need, budget_bytes, fits, k_prime))
+
+
+def _refusal(k: int, need: MemoryNeed, budget_bytes: int, fits: int, k_prime: int) -> str:
+    kinds = f"{_size(k * need.slot_bytes)} of slots (largest unit: {need.largest_unit!r}, {_size(need.slot_bytes)})"
+    if need.anchor_bytes:
+        kinds += f", {_size(need.anchor_bytes)} of anchors and buffers"
+    if need.gradient_bytes:
+        kinds += f", {_size(need.gradient_bytes)} for gradients on their way home"
+    message = (
+        f"k={k} needs {_size(need.total(k))} ({need.total(k)} bytes) of device memory before any activation: {kinds}; "
+        f"device_memory allows {_size(budget_bytes)} ({budget_bytes} bytes). "
+    )
+    smallest = need.total(max(1, k_prime))
+    if fits >= max(1, k_prime):
+        return message + f"Use k<={fits}, or allow {need.total(k)} bytes."
+    if need.slot_bytes > budget_bytes:
+        return message + (
+            f"Unit {need.largest_unit!r} alone is larger than the budget: mark smaller units with `units=`, "
+            f"or allow at least {smallest} bytes."
+        )
+    return message + f"No k fits with k_prime={k_prime}: allow at least {smallest} bytes, or mark smaller units."
+
+
+def _size(num_bytes: int) -> str:
+    return naturalsize(num_bytes, binary=True)

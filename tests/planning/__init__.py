@@ -1,0 +1,1 @@
+"""Plans as text, as data and as promises; no torch, no device."""
