@@ -1,0 +1,1 @@
+"""Translations between frameworks and the session, one file each."""

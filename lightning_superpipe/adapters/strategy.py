@@ -1,0 +1,281 @@
+"""What the strategies of all Lightning namespaces share: it imports none of them.
+
+``lightning`` and ``pytorch_lightning`` are complete copies of each other with classes of their own, so each gets a thin
+class made of this mixin and its own ``SingleDeviceStrategy``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superpipe.adapters.checks import refuse_foreign, runs_undisturbed
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.errors import SuperpipeError, UnsupportedError
+from lightning_superpipe.observe.report import Report
+from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.optimizer import choose_fused, unfused_state
+from lightning_superpipe.partition import UnitTable
+from lightning_superpipe.session import Session
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import SingleDeviceStrategy as _Base
+else:
+    _Base = object
+
+__all__ = ["SuperpipeMixin"]
+
+_HOST = torch.device("cpu")
+
+
+class SuperpipeMixin(_Base):
+    """A single-device strategy that streams the module.
+
+    Everything of the trainer's stays: the module's parameters, gradients and optimizer states are ordinary tensors on
+    the host, so checkpoints, clipping, schedulers, callbacks and loggers need no support here.
+
+    Args:
+        config: all options at once; or give them one by one as ``options``.
+        options: fields of :class:`~lightning_superpipe.SuperpipeConfig`, such as ``k=4, k_prime=2``.
+    """
+
+    strategy_name: ClassVar[str] = "superpipe"
+    _set_device: ClassVar[Callable[..., None]]
+
+    def __init__(
+        self,
+        *,
+        config: SuperpipeConfig | None = None,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        **options: Any,
+    ) -> None:
+        self.config = _merged(config, options)
+        super().__init__(_HOST, accelerator, checkpoint_io, precision_plugin)
+        # The trainer fills this in, but only where it exists.
+        self.parallel_devices = parallel_devices
+        self._session: Session | None = None
+        self._last_session: Session | None = None
+        self._is_setting_up = False
+        self._fused_by_us: dict[int, dict[str, Any]] = {}
+
+    # -- what users ask
+
+    @property
+    def units(self) -> UnitTable:
+        """Units and anchors of the module, as a table that prints.
+
+        Raises:
+            SuperpipeError: the strategy has not seen a module yet.
+        """
+        return self._any_session().units
+
+    def report(self) -> Report:
+        """What streaming cost and saved, so far or in the last run.
+
+        Raises:
+            SuperpipeError: nothing has run yet.
+        """
+        return self._any_session().report()
+
+    @property
+    def recording(self) -> Recording | None:
+        """The step that ``record_step`` named; None before it is over."""
+        return self._any_session().recording
+
+    def _any_session(self) -> Session:
+        session = self._session or self._last_session
+        if session is None:
+            raise SuperpipeError("nothing has run yet: call trainer.fit, validate, test or predict first.")
+        return session
+
+    # -- devices
+
+    @property
+    def root_device(self) -> torch.device:
+        # Optimizer states live where the parameters do; the trainer asks this property where to put them.
+        if self._is_setting_up or not self.parallel_devices:
+            return _HOST
+        return self.parallel_devices[0]
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the module computes."""
+        return self.parallel_devices[0] if self.parallel_devices else _HOST
+
+    @property
+    def num_nodes(self) -> int:
+        """Always one."""
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, value: int) -> None:
+        if value != 1:
+            raise UnsupportedError(f"num_nodes={value}: superpipe streams through one device of one node. Use num_nodes=1.")
+
+    @property
+    def _layer_sync(self) -> None:
+        return None
+
+    @_layer_sync.setter
+    def _layer_sync(self, value: object) -> None:
+        if value is not None:
+            raise UnsupportedError("sync_batchnorm=True needs several devices; superpipe uses one. Leave it out.")
+
+    # -- life cycle
+
+    def setup_environment(self) -> None:
+        if self.parallel_devices and len(self.parallel_devices) > 1:
+            raise UnsupportedError(
+                f"superpipe streams through one device, but the trainer has {len(self.parallel_devices)} "
+                f"({', '.join(map(str, self.parallel_devices))}). Use Trainer(devices=1), or devices=[i] to pick one."
+            )
+        super().setup_environment()
+
+    def tensor_init_context(self, empty_init: bool | None = None) -> Any:
+        """Build modules on the host: the device would have to hold all of one."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(_HOST)
+        stack.enter_context(self.precision_plugin.tensor_init_context())
+        return stack
+
+    def setup(self, trainer: Trainer) -> None:
+        refuse_foreign(trainer)
+        self._is_setting_up = True
+        try:
+            super().setup(trainer)
+        finally:
+            self._is_setting_up = False
+        session = self._require_session()
+        session.attend(self.optimizers)
+        self._choose_fused()
+
+    def model_to_device(self) -> None:
+        """Let the module know where it computes; its parameters stay on the host."""
+        assert self.model is not None, "the trainer connects a module before setup"
+        type(self)._set_device(self.model, device=self.compute_device)
+        for module in self.model.modules():
+            if type(module).__module__.startswith("torchmetrics"):
+                module.to(self.compute_device)
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        self._close()
+        module: Any = self.lightning_module
+        trains = bool(module.trainer.training) if module is not None else True
+        self._session = Session(model, self.config, self.compute_device, trains=trains)
+        self._announce()
+        return model
+
+    def _announce(self) -> None:
+        """Say once what a user could not see otherwise."""
+
+    def teardown(self) -> None:
+        self._close()
+        super().teardown()
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._last_session, self._session = self._session, None
+
+    def on_exception(self, exception: BaseException) -> None:
+        if self._session is not None:
+            self._session.abort()
+        super().on_exception(exception)
+
+    def _require_session(self) -> Session:
+        assert self._session is not None, "setup makes a session"
+        return self._session
+
+    # -- steps
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._step("train"):
+            return super().training_step(*args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._step("validate"):
+            return super().validation_step(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._step("test"):
+            return super().test_step(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._step("predict"):
+            return super().predict_step(*args, **kwargs)
+
+    def _step(self, mode: str) -> contextlib.AbstractContextManager[None]:
+        if self._session is None:
+            return contextlib.nullcontext()
+        return self._session.step(mode, is_undisturbed=runs_undisturbed(self.lightning_module))
+
+    # `backward` itself is never overridden: users patch it (and so do Lightning's own tests).
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        if self._session is not None:
+            self._session.begin_backward(is_undisturbed=runs_undisturbed(self.lightning_module))
+        super().pre_backward(closure_loss)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        super().post_backward(closure_loss)
+        if self._session is not None:
+            self._session.end_backward()
+
+    # -- optimizers
+
+    def _choose_fused(self) -> None:
+        wanted = self.config.fused_optimizer
+        if wanted == "auto":
+            scales = getattr(self.precision_plugin, "scaler", None) is not None
+            wanted = self.compute_device.type in ("cuda", "xpu") and not scales
+        for optimizer in self.optimizers if wanted else []:
+            original = dict(optimizer.param_groups[0]) if optimizer.param_groups else {}
+            if choose_fused(optimizer):
+                self._fused_by_us[id(optimizer)] = {"fused": original.get("fused")}
+                self._say(
+                    f"{type(optimizer).__name__} updates on the host with torch's fused kernel, which is 6-20 times "
+                    "faster than the loop over tensors; pass fused=False to the optimizer to keep the loop."
+                )
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        inner = getattr(optimizer, "_optimizer", optimizer)
+        original = self._fused_by_us.get(id(inner))
+        return state if original is None else unfused_state(state, original)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        # The base class would move all states to the device.
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            optimizer.load_state_dict(state)
+        self._choose_fused()
+
+    # -- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Trainers are pickled and deep-copied; a session belongs to one module in one process.
+        return {**super().__getstate__(), "_session": None, "_last_session": None, "_fused_by_us": {}}
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        if cls.strategy_name not in strategy_registry:
+            description = "Streams layers, gradients and optimizer states between host and device memory"
+            strategy_registry.register(cls.strategy_name, cls, description=description)
+
+    def _say(self, message: str) -> None:
+        """Tell the user something, through the namespace's own logger."""
+
+
+def _merged(config: SuperpipeConfig | None, options: dict[str, Any]) -> SuperpipeConfig:
+    if config is None:
+        return SuperpipeConfig.from_options(**options)
+    if options:
+        raise TypeError(f"give either config= or single options ({', '.join(options)}), not both.")
+    return config

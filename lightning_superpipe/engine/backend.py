@@ -1,0 +1,38 @@
+"""What the engine must know of a device, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["graph_task_id", "is_separate", "raw_tensors"]
+
+
+def is_separate(device: torch.device) -> bool:
+    """Whether device memory is other memory than the host's, so that mixing the two raises."""
+    return device.type != "cpu"
+
+
+def graph_task_id() -> int:
+    """Number of the backward pass that the calling thread is running; -1 outside backward."""
+    return torch._C._current_graph_task_id()
+
+
+@contextlib.contextmanager
+def raw_tensors() -> Iterator[None]:
+    """Work on tensors below all modes: no autograd, no inference tensors, no user's or our function modes.
+
+    A twin made inside ``inference_mode`` or a ``torch.func`` transform could never be used in training.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        temporarily_clear_interpreter_stack(),
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+    ):
+        yield

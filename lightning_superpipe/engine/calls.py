@@ -1,0 +1,145 @@
+"""What happens around a call of a swapped module: a unit loads, binds, runs and unbinds; other modules bind anchors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_superpipe.engine.backend import graph_task_id, raw_tensors
+from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.engine.watch import pause
+from lightning_superpipe.planning import Op
+
+if TYPE_CHECKING:
+    from lightning_superpipe.engine.engine import Engine
+
+__all__ = ["OuterOwner", "UnitOwner"]
+
+Forward = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class _EngineOwner:
+    """What both kinds of owners share."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.device = engine.device
+
+    def host_state(self, module: nn.Module) -> dict[str, Any]:
+        """The module's parameters and buffers as they are on the host."""
+        return self._engine.host_state(module)
+
+
+class UnitOwner(_EngineOwner):
+    """Owns a unit's root and every module inside that has parameters, so that ``block.encode(x)`` works as well."""
+
+    def __init__(self, engine: Engine, unit: Unit) -> None:
+        super().__init__(engine)
+        self._unit = unit
+
+    def owns(self, module: nn.Module) -> bool:
+        return self._unit.members.get(id(module)) is module
+
+    def call(self, module: nn.Module, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        engine, unit = self._engine, self._unit
+        if unit.num_active and (not torch.is_grad_enabled() or engine.saved.is_innermost()):
+            return forward(*args, **kwargs)  # a module inside a unit that runs already
+        if torch._C._get_tracing_state() is not None:
+            return engine.call_at_home(unit, forward, args, kwargs)  # a trace must see the parameters themselves
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+            return engine.call_transformed(unit, forward, args, kwargs)
+        if engine.is_separate and not unit.num_active:
+            args, kwargs = engine.aligned(args), engine.aligned(kwargs)
+        return self._run(forward, args, kwargs)
+
+    def _run(self, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        engine, unit = self._engine, self._unit
+        is_outermost = unit.num_active == 0
+        op = Op.FORWARD if graph_task_id() == -1 else Op.BACKWARD
+        engine.use(unit, op)
+        start = engine.lanes.mark() if is_outermost and engine.lanes.recorder is not None else None
+        engine.enter(unit)
+        try:
+            with pause(engine.watch), engine.saved.saving():
+                output = forward(*args, **kwargs)
+            if is_outermost:
+                output = _without_slot_views(engine, output)
+        finally:
+            engine.leave(unit, op)
+        if start is not None:
+            engine.lanes.compute_span(op.value, unit.index, start)
+        if is_outermost and torch.is_grad_enabled():
+            _prefetch_in_backward(engine, unit, output)
+        return output
+
+
+class OuterOwner(_EngineOwner):
+    """Owns a module outside all units on a separate device: its anchors and buffers are bound while it runs."""
+
+    def __init__(self, engine: Engine, module: nn.Module) -> None:
+        super().__init__(engine)
+        self._module = weakref.ref(module)
+
+    def owns(self, module: nn.Module) -> bool:
+        return self._module() is module
+
+    def call(self, module: nn.Module, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        engine = self._engine
+        if torch._C._get_tracing_state() is not None:
+            return forward(*args, **kwargs)
+        parameters = {
+            name: host for name, host in module._parameters.items() if host is not None and engine.is_anchor(host)
+        }
+        for name, host in parameters.items():
+            module._parameters[name] = engine.anchors.twin(host)
+        buffers = engine.anchors.bind_buffers([module])
+        if parameters:
+            args, kwargs = engine.aligned(args), engine.aligned(kwargs)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            engine.anchors.unbind_buffers(buffers)
+            for name, host in parameters.items():
+                if engine.anchors.host_of(module._parameters.get(name)) is host:
+                    module._parameters[name] = host
+
+
+def _without_slot_views(engine: Engine, output: Any) -> Any:
+    """Clone outputs that are views of a slot: they would die with it. Values and gradients are the same."""
+
+    def lies_in_slot(tensor: Tensor) -> bool:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            return False
+        if tensor.device.type != engine.device.type:
+            return False
+        return engine.slots.at(tensor.untyped_storage().data_ptr()) is not None
+
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    if not any(lies_in_slot(leaf) for leaf in leaves):
+        return output
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if lies_in_slot(tensor) else tensor, output)
+
+
+def _prefetch_in_backward(engine: Engine, unit: Unit, output: Any) -> None:
+    """When backward reaches the unit's output, load and bind it: some nodes read weights that no token guards.
+
+    (Custom functions that keep ``ctx.w``, a user's checkpoint inside the unit, embeddings.)
+    """
+    engine_ref, unit_ref = weakref.ref(engine), weakref.ref(unit)
+
+    def reached(_: Any) -> None:
+        engine, unit = engine_ref(), unit_ref()
+        if engine is not None and unit is not None and engine.is_open:
+            engine.use_in_backward(unit)
+
+    with raw_tensors():
+        nodes = {leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None}
+    for node in nodes:
+        node.register_prehook(reached)

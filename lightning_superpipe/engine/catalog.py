@@ -1,0 +1,147 @@
+"""Which tensor is what: host parameters, their twins, and the parameters that turn out to be read outside their unit."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superpipe.engine.anchors import Anchors
+from lightning_superpipe.engine.unit import Unit
+
+__all__ = ["Catalog", "Promotion"]
+
+
+class Promotion(NamedTuple):
+    """A streamed parameter that became an anchor in mid-run."""
+
+    unit_name: str
+    num_bytes: int
+    function: str
+
+
+class Catalog:
+    """Finds the role of a tensor by identity.
+
+    A streamed parameter that is an operand outside its unit becomes an anchor (:meth:`operand`).
+    """
+
+    def __init__(self, root: nn.Module, anchors: Anchors) -> None:
+        self._root = weakref.ref(root)
+        self._anchors = anchors
+        self._hosts: dict[int, tuple[Unit, int]] = {}
+        self._twins: dict[int, tuple[weakref.ref[Unit], int]] = {}
+        self._buffers: dict[int, Tensor] = {}
+        self._by_address: dict[int, Tensor] | None = None
+        self._stale_units: dict[int, Unit] = {}
+        self._promotions: list[Promotion] = []
+
+    def add(self, unit: Unit) -> None:
+        """Enter a unit's host parameters, after each of its scans."""
+        self._hosts.update((id(host), (unit, index)) for index, host in enumerate(unit.parameters))
+
+    def add_twin(self, twin: nn.Parameter, unit: Unit, index: int) -> None:
+        self._twins[id(twin)] = (weakref.ref(unit), index)
+
+    def remove(self, unit: Unit) -> None:
+        """Forget a unit's tensors, before a scan or for good."""
+        for host in unit.parameters:
+            self._hosts.pop(id(host), None)
+        for twin in unit.twins:
+            self._twins.pop(id(twin), None)
+
+    def unit_of_twin(self, tensor: object) -> tuple[Unit, int] | None:
+        """The unit and index of a twin; None for any other tensor."""
+        found = self._twins.get(id(tensor))
+        unit = found[0]() if found is not None else None
+        return None if found is None or unit is None else (unit, found[1])
+
+    def unit_of_host(self, tensor: object) -> tuple[Unit, int] | None:
+        """The unit and index of a streamed host parameter; None for any other tensor."""
+        return self._hosts.get(id(tensor))
+
+    def host_of(self, tensor: object) -> nn.Parameter | None:
+        """The host parameter of a twin, be it a unit's or an anchor's; None for any other tensor."""
+        found = self.unit_of_twin(tensor)
+        return self._anchors.host_of(tensor) if found is None else found[0].parameters[found[1]]
+
+    def is_anchor(self, tensor: Tensor) -> bool:
+        """Whether a tensor is an anchor's host parameter."""
+        return id(tensor) in self._anchors.reasons and tensor.device.type == "cpu"
+
+    # -- reads and writes outside units
+
+    def survey(self) -> None:
+        """Look at the module's tensors afresh: a step begins."""
+        root = self._root()
+        self._by_address = None
+        self._buffers = {} if root is None else {id(b): b for b in root.buffers() if b.device.type == "cpu"}
+
+    def operand(self, tensor: Tensor, function: str) -> Tensor:
+        """Return what an operation outside units must get for a tensor; a streamed parameter becomes an anchor."""
+        streamed = self._hosts.get(id(tensor))
+        if streamed is not None and id(tensor) not in self._anchors.reasons:
+            self._promote(streamed[0], tensor, function)
+        if not self._anchors.is_separate or tensor.device.type != "cpu":
+            return tensor
+        if isinstance(tensor, nn.Parameter):
+            return self._anchors.twin(tensor) if id(tensor) in self._anchors.reasons else tensor
+        return self._anchors.buffer_twin(tensor) if id(tensor) in self._buffers else tensor
+
+    def _promote(self, unit: Unit, parameter: Tensor, function: str) -> None:
+        self._anchors.reasons[id(parameter)] = f"read outside its unit by {function}"
+        self._promotions.append(Promotion(unit.name, parameter.nbytes, function))
+        # The unit goes on with its twin until the next step: a recomputation must save what the forward saved.
+        self._stale_units[unit.index] = unit
+
+    def promote_unit(self, unit: Unit, function: str) -> None:
+        """Make all of a unit's parameters anchors."""
+        for host in unit.parameters:
+            if id(host) not in self._anchors.reasons:
+                self._promote(unit, host, function)
+
+    def take_stale_units(self) -> list[Unit]:
+        """Units to be scanned again because some of their parameters became anchors."""
+        units, self._stale_units = list(self._stale_units.values()), {}
+        return units
+
+    def take_promotions(self) -> list[Promotion]:
+        """What became an anchor since the last call."""
+        promotions, self._promotions = self._promotions, []
+        return promotions
+
+    def written(self, tensor: Tensor) -> None:
+        """Note that the bytes of a host parameter may have changed without a trace."""
+        streamed = self._hosts.get(id(tensor))
+        if streamed is not None:
+            streamed[0].stamp = None
+        if id(tensor) in self._anchors.reasons:
+            self._anchors.invalidate()
+
+    def graph_tensors(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Replace host parameters by the twins that stand for them in autograd's graph."""
+        return tuple(self._graph_tensor(tensor) for tensor in tensors)
+
+    def _graph_tensor(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self._anchors.reasons and isinstance(tensor, nn.Parameter):
+            return self._anchors.twin(tensor) if self._anchors.is_separate else tensor
+        streamed = self._hosts.get(id(tensor))
+        return tensor if streamed is None else streamed[0].twin(streamed[1])
+
+    def host_of_storage(self, address: int) -> Tensor | None:
+        """The host parameter or buffer whose storage starts at an address; None if there is none."""
+        if self._by_address is None:
+            root = self._root()
+            tensors: list[Tensor] = [] if root is None else [*root.parameters(), *root.buffers()]
+            self._by_address = {t.untyped_storage().data_ptr(): t for t in tensors if t.layout is torch.strided}
+        return self._by_address.get(address)
+
+    def clear(self) -> None:
+        self._hosts.clear()
+        self._twins.clear()
+        self._buffers.clear()
+        self._by_address = None
+        self._stale_units.clear()

@@ -1,0 +1,479 @@
+"""The engine: streams a module's units through slots while somebody else's loop calls the module.
+
+It knows no framework. A front end opens a step scope around each training or evaluation step; everything else hangs on
+the calls of the swapped modules and on autograd. Outside such a scope units still load on demand, so that any code may
+call the model at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
+
+from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
+from lightning_superpipe.engine.backend import graph_task_id, is_separate, raw_tensors
+from lightning_superpipe.engine.calls import OuterOwner, UnitOwner
+from lightning_superpipe.engine.catalog import Catalog
+from lightning_superpipe.engine.follower import TRAIN, Follower
+from lightning_superpipe.engine.gradients import GradientReturn, accumulate
+from lightning_superpipe.engine.lanes import Label, Lanes, now
+from lightning_superpipe.engine.residency import Residency
+from lightning_superpipe.engine.slots import SlotPool
+from lightning_superpipe.engine.swap import swap_in, swap_out
+from lightning_superpipe.engine.tokens import SavedTensors
+from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
+from lightning_superpipe.planning import Action, Op
+from lightning_superpipe.tiers import Tier
+
+__all__ = ["Engine", "Window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How units move through slots, and how hostile the slots are (see the configuration)."""
+
+    k: int
+    k_prime: int
+    poison: bool = False
+    slot_seed: int | None = None
+
+
+class Engine:
+    """Streams the units of one module.
+
+    Args:
+        root: the module; its parameters stay on the host, as its own ``nn.Parameter`` objects.
+        units: name and module of each unit, in registration order.
+        anchors: id of each parameter that is not streamed, and why.
+        lanes, tier: how bytes move, and where they live.
+        pin: page-lock what gradients land in.
+        owns_root: also swap the root's class (it is called itself, not only its children).
+
+    Attributes:
+        is_open: False once closed; what is left of graphs then computes with host parameters.
+        watch: the mode that is active between unit calls of the step in progress.
+        on_boundary: called after each unit's compute, for those who measure.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        units: Sequence[tuple[str, nn.Module]],
+        anchors: dict[int, str],
+        window: Window,
+        *,
+        lanes: Lanes,
+        tier: Tier,
+        pin: bool = False,
+        owns_root: bool = False,
+    ) -> None:
+        self.root, self.lanes, self.device = root, lanes, lanes.device
+        self.is_separate = is_separate(self.device)
+        self.is_open = True
+        self.watch: TrainWatch | EvalWatch | None = None
+        self.on_boundary: Callable[[], None] | None = None
+        self._tier = tier
+        self._lock = threading.RLock()
+        self._graphs: set[int] = set()
+        self._calls: list[Unit] = []
+        self._is_in_step = False
+        self._in_backward: Unit | None = None
+        self._bound_buffers: dict[int, list[BoundBuffer]] = {}
+        self._own_seconds, self._num_uses = 0.0, 0
+        self._is_compiled = any(_is_compiled(module) for module in root.modules())
+
+        self.anchors = Anchors(self.device, lanes, anchors, partial(self._hook_gradient, unit=None))
+        self.catalog = Catalog(root, self.anchors)
+        self.units = [Unit(i, name, module, anchors, self._make_twin) for i, (name, module) in enumerate(units)]
+        slot_bytes = max(unit.num_bytes for unit in self.units)
+        self.slots = SlotPool(self.device, window.k, slot_bytes, poison=window.poison, seed=window.slot_seed)
+        self.follower = Follower(len(self.units), window.k, window.k_prime)
+        self.residency = Residency(self.units, self.slots, lanes, self.follower, self._unbind)
+        self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
+        self.saved = SavedTensors(self)
+        for unit in self.units:
+            self._install(unit)
+        self._outer = self._install_outer(owns_root) if self.is_separate else []
+        self._optimizer_hooks = self._hook_optimizers()
+
+    # -- installation
+
+    def _install(self, unit: Unit) -> None:
+        unit.adopt(self._tier)
+        self.gradients.add_group(unit.parameters)
+        self.catalog.add(unit)
+        owner = UnitOwner(self, unit)
+        for module in unit.members.values():
+            swap_in(module, owner)
+
+    def _install_outer(self, owns_root: bool) -> list[nn.Module]:
+        inside = {id(module) for unit in self.units for module in unit.module.modules()}
+        outer = [
+            module
+            for module in self.root.modules()
+            if id(module) not in inside
+            and (owns_root or module is not self.root)
+            and not isinstance(module, torch.jit.ScriptModule)
+            and not hasattr(module, "_orig_mod")
+        ]
+        for module in outer:
+            swap_in(module, OuterOwner(self, module))
+        return outer
+
+    def _hook_optimizers(self) -> list[RemovableHandle]:
+        """Any optimizer's step may write host parameters: nothing reads them meanwhile, and what was loaded is stale."""
+        engine_ref = weakref.ref(self)
+
+        def before(*_: Any) -> None:
+            if (engine := engine_ref()) is not None:
+                engine.residency.fence_host_reads()
+
+        def after(*_: Any) -> None:
+            if (engine := engine_ref()) is not None:
+                engine.residency.epoch += 1
+                engine.anchors.epoch += 1
+
+        return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
+        host = unit.parameters[index]
+        with raw_tensors():
+            # Not from a slot's view: Parameter(x) shares x's version counter, and every later copy into the slot
+            # would look like a write by the user.
+            empty = torch.empty(0, dtype=host.dtype, device=self.device)
+            twin = nn.Parameter(empty, requires_grad=False)
+            twin.__dict__ = host.__dict__  # attributes that people hang on parameters: one dict for both
+        self.catalog.add_twin(twin, unit, index)
+        self._hook_gradient(twin, host, unit=unit)
+        return twin
+
+    def _hook_gradient(self, twin: nn.Parameter, host: nn.Parameter, *, unit: Unit | None) -> None:
+        """Send a twin's gradient home whenever autograd has finished it."""
+        if not (host.is_floating_point() or host.is_complex()):
+            return
+        engine_ref = weakref.ref(self)
+        label = Label("G", -1, "anchors") if unit is None else Label("G", unit.index, unit.name)
+
+        def ship(twin: Tensor) -> None:
+            gradient, twin.grad = twin.grad, None
+            engine = engine_ref()
+            if gradient is None:
+                return
+            if engine is None or not engine.is_open:
+                accumulate(host, gradient.to(host.device))
+                return
+            engine.enlist_graph()
+            engine.gradients.ship(host, gradient, label)
+
+        twin.requires_grad_(True)  # hooks need it; the unit sets it as the host's at each load
+        twin.register_post_accumulate_grad_hook(ship)
+
+    # -- uses
+
+    def use(self, unit: Unit, op: Op) -> None:
+        """Make sure that a unit is loaded, has arrived and is bound; do what the plan moves before this use."""
+        with self._lock:
+            if graph_task_id() != -1:
+                self.enlist_graph()
+            elif self._graphs:
+                self.recover()
+            if op is Op.BACKWARD and unit is self._in_backward and unit.is_bound:
+                return
+            start = now() - self.lanes.stall_seconds
+            self._in_backward = unit if op is Op.BACKWARD else None
+            if not unit.num_active:
+                self._prepare(unit)
+            if unit.parameters:
+                self._follow(Action(op, unit.index), unit)
+                self.residency.require(unit)
+            self._bind(unit)
+            self._num_uses += 1
+            self._own_seconds += now() - self.lanes.stall_seconds - start
+
+    def use_in_backward(self, unit: Unit) -> None:
+        """Backward needs a unit: a token is unpacked, or the gradient of its output is there."""
+        if unit is not self._in_backward:
+            self._boundary()
+        self.use(unit, Op.BACKWARD)
+
+    def _prepare(self, unit: Unit) -> None:
+        if not self._is_in_step and graph_task_id() == -1:
+            unit.stamp = None  # outside steps anything may have written to the host since
+        if graph_task_id() == -1 and not unit.is_current():
+            self._rescan(unit)
+
+    def _follow(self, use: Action, unit: Unit) -> None:
+        if self._is_in_step:
+            self.residency.move(self.follower.before(use, self.residency.resident), needed=unit)
+
+    def enter(self, unit: Unit) -> None:
+        """A unit's call begins."""
+        unit.num_active += 1
+        self._calls.append(unit)
+
+    def leave(self, unit: Unit, op: Op) -> None:
+        """A unit's call has ended, one way or the other."""
+        start = now()
+        with self._lock:
+            unit.num_active -= 1
+            if self._calls:
+                self._calls.pop()
+            if not unit.num_active:
+                if op is Op.FORWARD:
+                    self._unbind(unit)
+                    self.residency.copy_back(unit)
+                    self.residency.part_with_stashed(unit)
+                    if self._is_in_step:
+                        self.residency.move(self.follower.after(Action(op, unit.index)))
+                self._boundary()
+            caller = self._calls[-1] if self._calls else None
+            if caller is not None and caller.parameters and caller.slot is None:  # it was spilled by its callee
+                self.residency.require(caller)
+                self._bind(caller)
+        self._own_seconds += now() - start
+
+    def _boundary(self) -> None:
+        if self.on_boundary is not None:
+            self.on_boundary()
+
+    def _bind(self, unit: Unit) -> None:
+        if not unit.is_bound:
+            unit.bind(self.anchors.twin if self.is_separate else None)
+            self._bound_buffers[unit.index] = self.anchors.bind_buffers(unit.module.modules())
+
+    def _unbind(self, unit: Unit) -> None:
+        if unit.is_bound:
+            unit.unbind(self.catalog.host_of)
+            self.anchors.unbind_buffers(self._bound_buffers.pop(unit.index, []))
+
+    def _rescan(self, unit: Unit) -> None:
+        """Read a unit's modules afresh: the user changed them, or some of its parameters became anchors."""
+        if unit.slot is not None:
+            self.residency.evict(unit)
+        for module in unit.members.values():
+            swap_out(module)
+        self.residency.forget(unit)
+        self.catalog.remove(unit)
+        unit.scan()
+        self._install(unit)
+        if unit.num_bytes > self.slots.slot_bytes:
+            for other in self.units:
+                if other.slot is not None:
+                    self.residency.evict(other)
+            self.residency.grow_slots(unit.num_bytes)
+
+    def call_at_home(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a unit's module with its host parameters."""
+        if unit.slot is not None and not unit.num_active:
+            self.residency.evict(unit)
+        return forward(*args, **kwargs)
+
+    def call_transformed(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Run a unit inside ``torch.func.grad`` and its kin: they forbid saved-tensor hooks, so it becomes an anchor."""
+        self.catalog.promote_unit(unit, "torch.func")
+        if unit.slot is not None and not unit.num_active:
+            self.residency.evict(unit)
+        if unit.num_active or not self.is_separate:
+            return forward(*args, **kwargs)
+        sites = [site for site in unit.registered() if self.catalog.is_anchor(site.parameter)]
+        for site in sites:
+            site.put(self.anchors.twin(site.parameter))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for site in sites:
+                site.put(site.parameter)
+
+    # -- steps
+
+    @contextlib.contextmanager
+    def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
+        """Scope of one training step (its forward, at least) or one evaluation step.
+
+        Args:
+            mode: ``"train"``, or any name for steps whose forwards follow the same order.
+            is_undisturbed: no user code that could write weights has run since the last step, so what is on the
+                device may be used again.
+        """
+        self._begin(mode, is_undisturbed)
+        self.watch = None if self._is_compiled else self._make_watch(mode)
+        try:
+            with self.watch or contextlib.nullcontext():
+                yield
+        finally:
+            self.watch = None
+            self._end_scope(mode)
+
+    def _make_watch(self, mode: str) -> TrainWatch | EvalWatch | None:
+        if mode == TRAIN:
+            return TrainWatch(self)
+        return EvalWatch(self) if self.is_separate else None
+
+    def _begin(self, mode: str, is_undisturbed: bool) -> None:
+        self.recover()
+        self.follower.end()
+        for unit in self.catalog.take_stale_units():
+            self._rescan(unit)
+        if not is_undisturbed:
+            self.invalidate()
+        self.catalog.survey()
+        self.residency.drop_stale()
+        self._is_in_step = True
+        resident = self.residency.resident()
+        self.residency.move(self.follower.begin(mode, resident, next_is_same=is_undisturbed))
+
+    def _end_scope(self, mode: str) -> None:
+        self._abort_calls()
+        self.anchors.flush_buffers()
+        if mode != TRAIN:
+            self._is_in_step = False
+            self.follower.end()
+            self.residency.fence_host_reads()  # the user may write to host parameters as soon as we return
+
+    def invalidate(self) -> None:
+        """Load everything afresh at its next use."""
+        for unit in self.units:
+            if not unit.num_active:
+                unit.stamp = None
+        self.anchors.invalidate()
+
+    # -- backward
+
+    def enlist_graph(self) -> None:
+        """Let the running backward pass end with everything as its caller expects it."""
+        task = graph_task_id()
+        if task != -1 and task not in self._graphs:
+            self._graphs.add(task)
+            if not self._is_in_step:
+                self.invalidate()
+            engine_ref = weakref.ref(self)
+
+            def at_end() -> None:
+                if (engine := engine_ref()) is not None:
+                    engine.end_graph(task)
+
+            torch.autograd.Variable._execution_engine.queue_callback(at_end)  # type: ignore[attr-defined]
+
+    def end_graph(self, task: int) -> None:
+        """A backward pass is over: host parameters are in the modules, gradients are complete on the host."""
+        with self._lock:
+            self._graphs.discard(task)
+            if self._graphs:
+                return
+            self._boundary()
+            self._in_backward = None
+            for unit in self.units:
+                if not unit.num_active:
+                    self._unbind(unit)
+            self.gradients.finish()
+            self.anchors.flush_buffers()
+            self._boundary()
+
+    def recover(self) -> None:
+        """Put the model in order after a backward pass that raised: autograd did not call its end."""
+        if self._graphs:
+            with self._lock:
+                self._graphs = set(list(self._graphs)[:1])
+                self.end_graph(next(iter(self._graphs)))
+
+    def _abort_calls(self) -> None:
+        """No unit is running: whatever a raised exception left behind is put back."""
+        self._calls.clear()
+        for unit in self.units:
+            unit.num_active = 0
+            if not self._graphs:
+                self._unbind(unit)
+
+    def abort(self) -> None:
+        """Put everything back after an exception that ended the step."""
+        self.recover()
+        self._abort_calls()
+        self._is_in_step = False
+        self.follower.end()
+
+    # -- what watches, tokens and owners ask
+
+    def unit_of_twin(self, tensor: Tensor) -> tuple[Unit, int] | None:
+        return self.catalog.unit_of_twin(tensor)
+
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """Hooks that turn slot tensors into tokens."""
+        return self.saved.saving()
+
+    def read_outside(self, tensor: Tensor, function: str) -> Tensor:
+        return self.catalog.operand(tensor, function)
+
+    def may_be_written(self, tensor: Tensor) -> None:
+        if self.catalog.unit_of_host(tensor) is not None or self.catalog.is_anchor(tensor):
+            self.residency.fence_host_reads()
+            self.catalog.written(tensor)
+
+    def twins_for(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return self.catalog.graph_tensors(tensors)
+
+    def host_of_storage(self, address: int) -> Tensor | None:
+        return self.catalog.host_of_storage(address)
+
+    def is_anchor(self, tensor: Tensor) -> bool:
+        return self.catalog.is_anchor(tensor)
+
+    def host_state(self, module: nn.Module) -> dict[str, Any]:
+        """A module's parameters and buffers as they are on the host, whatever is bound now."""
+        self.anchors.flush_buffers()
+        parameters = {name: self.catalog.host_of(held) or held for name, held in module._parameters.items()}
+        buffers = {name: self.anchors.host_buffer(held) for name, held in module._buffers.items()}
+        return {"_parameters": parameters, "_buffers": buffers}
+
+    def aligned(self, values: Any) -> Any:
+        """Move tensors that a unit gets from the host (masks, positions) to the device; never rebuild for nothing.
+
+        Callees mutate the lists they are given, so a container without a stray tensor is passed on as it is.
+        """
+        if not any(_is_stray(leaf) for leaf in tree_leaves(values)):
+            return values
+        return tree_map_only(Tensor, lambda t: t.to(self.device) if _is_stray(t) else t, values)
+
+    def overhead_us(self) -> float:
+        """Mean time that the engine itself takes per use of a unit, waiting not included, in microseconds."""
+        return self._own_seconds / max(self._num_uses, 1) * 1e6
+
+    def close(self) -> None:
+        """Give the model back as it was, with the current weights; release all that was allocated."""
+        if not self.is_open:
+            return
+        self.abort()
+        self.is_open = False
+        for hook in self._optimizer_hooks:
+            hook.remove()
+        for unit in self.units:
+            for module in unit.members.values():
+                swap_out(module)
+        for module in self._outer:
+            swap_out(module)
+        self.lanes.close()
+        self.residency.close(self.device)
+        self.gradients.close()
+        self.anchors.close()
+        self.catalog.clear()
+        self._tier.close()
+        self._outer.clear()
+
+
+def _is_stray(value: Any) -> bool:
+    return type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu" and value.dim() > 0
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

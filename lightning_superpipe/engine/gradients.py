@@ -1,0 +1,193 @@
+"""Gradients go home: each twin's gradient leaves the device as soon as it is final, and adds to the host's."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superpipe.engine.lanes import Copy, HostLane, Label, Lanes, now
+from lightning_superpipe.engine.slots import storage_use_count
+from lightning_superpipe.engine.unit import lay_out
+from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.tiers import Tier
+
+__all__ = ["GradientReturn", "accumulate"]
+
+
+class GradientReturn:
+    """Moves gradients from twins to host parameters, in the order in which autograd finishes them.
+
+    Args:
+        limit_bytes: gradients waiting on the device for their copy; above it backward waits for the oldest.
+        tier: gives the host memory that gradients live in.
+        pin: page-lock the staging memory of gradients that add to existing ones.
+    """
+
+    def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
+        self._lanes = lanes
+        self._host = HostLane()
+        self._homes = _Homes(tier)
+        self._limit_bytes = limit_bytes
+        self._pin = pin
+        self._lock = threading.Lock()
+        self._shipped: set[int] = set()
+        self.in_flight_bytes = 0
+        self.peak_in_flight_bytes = 0
+
+    def add_group(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Let the gradients of these parameters share one slab, taken when the first of them arrives."""
+        self._homes.add_group(parameters)
+
+    def ship(self, parameter: nn.Parameter, gradient: Tensor, label: Label) -> None:
+        """Send one final gradient home; the call returns before it is there (see :meth:`finish`).
+
+        Gradients that user code must see at once (tensor hooks, ``create_graph``) and those that no lane can carry
+        (sparse) are waited for.
+        """
+        if _needs_care(parameter, gradient):
+            self.finish()
+            accumulate(parameter, gradient.to(parameter.device))
+            return
+        self._make_room(gradient.nbytes)
+        is_first = parameter.grad is None and id(parameter) not in self._shipped
+        target = self._homes.claim(parameter, gradient) if is_first else self._staging(gradient)
+        done = self._lanes.d2h([Copy(target, gradient)], after=[self._lanes.compute_event()], label=label)
+        self._shipped.add(id(parameter))
+        self._count(gradient.nbytes)
+        # The job holds the device gradient until its copy is done: autograd may reuse the memory after that only
+        # (test_gradient_is_held_until_its_copy_is_done).
+        self._host.submit(partial(self._publish, parameter, gradient, target, label), after=done)
+
+    def finish(self) -> None:
+        """Block until every gradient shipped so far is complete on the host.
+
+        Raises:
+            TransferError: a copy failed.
+        """
+        try:
+            self._host.wait()
+        finally:
+            self._shipped.clear()
+
+    def _publish(self, parameter: nn.Parameter, gradient: Tensor, landed: Tensor, label: Label) -> None:
+        start = now()
+        with torch.no_grad():
+            if parameter.grad is None:
+                parameter.grad = landed
+            else:
+                parameter.grad.add_(landed)
+        self._count(-gradient.nbytes)
+        if self._lanes.recorder is not None:
+            self._lanes.recorder.span(Lane.HOST, label.name, label.unit, start, now(), gradient.nbytes)
+
+    def _make_room(self, num_bytes: int) -> None:
+        def has_room() -> bool:
+            return not self.in_flight_bytes or self.in_flight_bytes + num_bytes <= self._limit_bytes
+
+        if not has_room():
+            self._host.wait(has_room)
+
+    def _count(self, num_bytes: int) -> None:
+        with self._lock:
+            self.in_flight_bytes += num_bytes
+            self.peak_in_flight_bytes = max(self.peak_in_flight_bytes, self.in_flight_bytes)
+
+    def _staging(self, gradient: Tensor) -> Tensor:
+        return torch.empty_strided(gradient.size(), gradient.stride(), dtype=gradient.dtype, pin_memory=self._pin)
+
+    def close(self) -> None:
+        self._host.close()
+        self._homes.clear()
+
+
+class _Home(NamedTuple):
+    """Memory of one gradient, and how many owners its storage has when nobody else holds it."""
+
+    tensor: Tensor
+    own_uses: int
+
+
+class _Homes:
+    """Host memory of gradients, used again in every step.
+
+    A user who still holds last step's gradient keeps it: the parameter then gets other memory
+    (test_a_kept_gradient_does_not_change_later).
+    """
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self._homes: dict[int, _Home] = {}
+        self._group_of: dict[int, Sequence[nn.Parameter]] = {}
+        self._own_references = _references(_Home(torch.empty(0), 0))
+
+    def add_group(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._group_of.update((id(parameter), parameters) for parameter in parameters)
+
+    def claim(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+        """Memory for a parameter's gradient, shaped as the gradient; its contents are stale."""
+        key = id(parameter)
+        if key not in self._homes:
+            self._allocate([p for p in self._group_of.get(key, [parameter]) if p.requires_grad] or [parameter])
+        if not self._fits(self._homes[key], gradient):
+            self._add(key, self._tier.allocate(gradient.nbytes).carve(0, gradient))
+        return self._homes[key].tensor
+
+    def _allocate(self, group: Sequence[nn.Parameter]) -> None:
+        offsets, num_bytes = lay_out(group)
+        slab = self._tier.allocate(num_bytes)
+        for parameter, offset in zip(group, offsets, strict=True):
+            self._add(id(parameter), slab.carve(offset, parameter.data))
+
+    def _add(self, key: int, tensor: Tensor) -> None:
+        self._homes[key] = _Home(tensor, storage_use_count(tensor))
+
+    def _fits(self, home: _Home, gradient: Tensor) -> bool:
+        same = home.tensor.size() == gradient.size() and home.tensor.dtype == gradient.dtype
+        free = _references(home) <= self._own_references and storage_use_count(home.tensor) <= home.own_uses
+        return same and home.tensor.stride() == gradient.stride() and free
+
+    def clear(self) -> None:
+        self._homes.clear()
+        self._group_of.clear()
+
+
+def _references(home: _Home) -> int:
+    """Python references to a gradient's tensor, counted the same way wherever the home comes from."""
+    return sys.getrefcount(home.tensor)
+
+
+def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Do to a host parameter what autograd's AccumulateGrad would do, its hooks included."""
+    for hook in _hooks(parameter, "_backward_hooks"):
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    if parameter.grad is None:
+        parameter.grad = gradient if gradient.requires_grad else gradient.detach()
+    elif torch.is_grad_enabled() or parameter.grad.is_sparse or gradient.is_sparse:
+        parameter.grad = parameter.grad + gradient
+    else:
+        parameter.grad.add_(gradient)
+    for hook in _hooks(parameter, "_post_accumulate_grad_hooks"):
+        hook(parameter)
+
+
+def _hooks(parameter: nn.Parameter, name: str) -> list[Callable[..., Any]]:
+    return list((getattr(parameter, name, None) or {}).values())
+
+
+def _needs_care(parameter: nn.Parameter, gradient: Tensor) -> bool:
+    return (
+        gradient.layout is not torch.strided
+        or gradient.requires_grad
+        or type(gradient) is not Tensor
+        or not gradient.numel()
+        or (parameter.grad is not None and (parameter.grad.is_sparse or parameter.grad.requires_grad))
+        or bool(_hooks(parameter, "_backward_hooks"))
+        or bool(_hooks(parameter, "_post_accumulate_grad_hooks"))
+    )

@@ -1,0 +1,191 @@
+"""Residency: which units are on the device. Loads, evicts, and carries out what the plan moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.follower import Follower
+from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
+from lightning_superpipe.engine.slots import Slot, SlotPool
+from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.planning import Action, Op
+
+__all__ = ["Residency"]
+
+
+class Residency:
+    """Moves units between the store and the slots.
+
+    Args:
+        unbind: takes a unit's twins out of its modules; called before its slot is given away.
+
+    Attributes:
+        epoch: optimizer steps so far; a unit loaded in an earlier epoch is stale.
+        last_copy: end of the newest copy that reads host memory.
+        num_loads: copies of a unit to the device.
+        num_plan_misses: loads that no plan had asked for, when their unit was needed.
+        num_spills: loads that had to take the slot of a unit in the middle of its call.
+        num_copied_back: parameters that a forward changed on the device.
+        num_stashed: twins that somebody kept beyond their unit's call; they own their memory since.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        slots: SlotPool,
+        lanes: Lanes,
+        follower: Follower,
+        unbind: Callable[[Unit], None],
+    ) -> None:
+        self.units, self.slots, self.lanes, self.follower, self._unbind = units, slots, lanes, follower, unbind
+        self.epoch = 0
+        self.last_copy: Event | None = None
+        self.num_loads = self.num_plan_misses = self.num_spills = self.num_copied_back = self.num_stashed = 0
+        self._last_slot: dict[int, Slot] = {}
+
+    def resident(self) -> list[int]:
+        """Units on the device or on their way, with up-to-date bytes."""
+        return [unit.index for unit in self.units if unit.slot is not None and self.is_fresh(unit)]
+
+    def is_fresh(self, unit: Unit) -> bool:
+        """Whether a loaded unit still equals the host's bytes. One that computes now may not change under its feet."""
+        return unit.num_active > 0 or unit.stamp == unit.current_stamp(self.epoch)
+
+    def drop_stale(self) -> None:
+        """Evict every unit whose host bytes have changed since it was loaded."""
+        for unit in self.units:
+            if unit.slot is not None and not self.is_fresh(unit):
+                self.evict(unit)
+
+    def move(self, actions: Iterable[Action], *, needed: Unit | None = None) -> None:
+        """Carry out what a plan moves. Where the device does not look as planned, a move is left out."""
+        for action in actions:
+            unit = self.units[action.unit]
+            if action.op is Op.EVICT:
+                if unit.slot is not None and not unit.num_active and unit is not needed:
+                    self.evict(unit)
+            elif unit.slot is None and self.slots.num_free and unit.parameters and unit.is_current():
+                self.load(unit)
+
+    def require(self, unit: Unit) -> None:
+        """Make sure that a unit is loaded with up-to-date bytes, and let compute wait for its arrival."""
+        if unit.slot is not None and not self.is_fresh(unit):
+            self.evict(unit)
+        if unit.slot is None:
+            self.num_plan_misses += 1
+            while not self.slots.num_free:
+                self._make_room(unit)
+            self.load(unit)
+        if unit.arrival is not None:
+            self.lanes.compute_waits(unit.arrival, unit.index)
+            unit.arrival = None
+
+    def _make_room(self, unit: Unit) -> None:
+        loaded = [other for other in self.units if other.slot is not None and other is not unit]
+        idle = [other for other in loaded if not other.num_active]
+        if not idle:  # a unit called by units that fill all slots: its caller is loaded again when it returns
+            self.num_spills += 1
+            self.evict(loaded[0])
+            return
+        next_uses = self.follower.next_uses()
+        self.evict(max(idle, key=lambda other: next_uses.get(other.index, len(next_uses) + len(self.units) ** 2)))
+
+    def load(self, unit: Unit) -> None:
+        """Start copying a unit into a free slot."""
+        slot = unit.slot = self.slots.take(unit.index)
+        with raw_tensors():
+            self._move_twins(unit, slot)
+            copies = unit.copies_to(slot)
+            for index in unit.has_own_storage:
+                copies.append(Copy(unit.twin(index).data, unit.parameters[index].data))
+        after = [slot.free_after] if slot.free_after is not None else []
+        unit.arrival = self.last_copy = self.lanes.h2d(copies, after=after, label=Label("P", unit.index, unit.name))
+        unit.stamp = unit.current_stamp(self.epoch)
+        unit.versions = unit.twin_versions()
+        self.num_loads += 1
+
+    def _move_twins(self, unit: Unit, slot: Slot) -> None:
+        if (previous := self._last_slot.get(unit.index)) is not None:
+            previous.num_twins -= unit.num_slot_twins()
+        unit.point_twins_at(slot)
+        slot.num_twins += unit.num_slot_twins()
+        self._last_slot[unit.index] = slot
+
+    def evict(self, unit: Unit) -> None:
+        """Give a unit's slot back. Nothing is copied, unless a forward has changed weights on the device."""
+        slot = unit.slot
+        assert slot is not None, f"unit {unit.name!r} is evicted but has no slot"
+        self._unbind(unit)
+        self.copy_back(unit)
+        with raw_tensors():
+            if unit.arrival is None and slot.has_escaped:
+                self._leave_storage(slot)
+            self.slots.give_back(slot, free_after=self.lanes.compute_event())
+        unit.slot = unit.arrival = unit.stamp = None
+
+    def _leave_storage(self, slot: Slot) -> None:
+        """A view of the slot is still alive somewhere: its holder keeps the memory, the slot gets another."""
+        self.slots.abandon_storage(slot)
+        for unit in self.units:
+            if self._last_slot.get(unit.index) is slot:
+                unit.point_twins_at(slot)
+
+    def grow_slots(self, slot_bytes: int) -> None:
+        """Give all slots new memory of another size; nothing may be loaded."""
+        self.slots.resize(slot_bytes)
+        for unit in self.units:
+            if (slot := self._last_slot.get(unit.index)) is not None:
+                with raw_tensors():
+                    unit.point_twins_at(slot)
+
+    def copy_back(self, unit: Unit) -> None:
+        """Bring home the parameters that a forward has written to (weight norm, clamping)."""
+        for index, version in enumerate(unit.versions):
+            twin, host = unit.twin(index), unit.parameters[index]
+            if twin._version != version and twin.size() == host.size():
+                with raw_tensors():
+                    host.data.copy_(twin.data)
+                unit.versions[index] = twin._version
+                self.num_copied_back += 1
+
+    def part_with_stashed(self, unit: Unit) -> None:
+        """Give twins that somebody holds as objects memory of their own: their holder may read them at any time."""
+        for index in unit.stashed_twins():
+            twin = unit.twin(index)
+            with raw_tensors():
+                twin.data = twin.data.clone()
+            if (slot := self._last_slot.get(unit.index)) is not None:
+                slot.num_twins -= 1
+            unit.has_own_storage.add(index)
+            self.num_stashed += 1
+
+    def forget(self, unit: Unit) -> None:
+        """A unit's twins are about to be made anew."""
+        if (slot := self._last_slot.pop(unit.index, None)) is not None:
+            slot.num_twins -= unit.num_slot_twins()
+
+    def fence_host_reads(self) -> None:
+        """Block until no copy reads host memory: the host may be about to write there."""
+        if self.last_copy is not None:
+            self.last_copy.synchronize()
+            self.last_copy = None
+
+    def close(self, device: torch.device) -> None:
+        """Evict everything; twins in graphs that are still alive keep their shape and hold one element."""
+        for unit in self.units:
+            if unit.slot is not None:
+                self.copy_back(unit)
+            unit.slot = unit.arrival = unit.stamp = None
+            with raw_tensors():
+                for twin in unit.twins:
+                    if twin is not None:
+                        twin.data = torch.empty((), dtype=twin.dtype, device=device).expand(twin.size())
+            unit.twins = []
+        self._last_slot.clear()
+        self.slots.close()
+
+

@@ -1,0 +1,167 @@
+"""Copy lanes for machines without an accelerator: one thread per direction, with an optional emulated link."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lightning_superpipe.config import Link
+from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, Mark, now
+from lightning_superpipe.errors import TransferError
+from lightning_superpipe.observe.trace import Lane, Recorder
+
+__all__ = ["ThreadLanes"]
+
+
+class ThreadEvent:
+    """A point in a copy thread's work; carries the error of the copy that it ends."""
+
+    def __init__(self) -> None:
+        self._passed = threading.Event()
+        self.error: TransferError | None = None
+
+    def query(self) -> bool:
+        return self._passed.is_set()
+
+    def synchronize(self) -> None:
+        self._passed.wait()
+        if self.error is not None:
+            raise self.error
+
+    def set(self) -> None:
+        self._passed.set()
+
+
+class _Past:
+    """The event of work that was done before anyone could ask."""
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return
+
+
+class _Job(NamedTuple):
+    copies: Sequence[Copy]
+    after: Sequence[Event]
+    label: Label
+    done: ThreadEvent
+
+
+class ThreadLanes(Lanes):
+    """Copies by two threads. Compute is synchronous here, so its events have always passed.
+
+    Args:
+        device: the CPU, or a device whose kernels run synchronously.
+        link: emulated bandwidth and latency; None copies at memory speed.
+        max_delay_ms: each copy starts up to this much later, at random: a missing fence then shows as wrong numbers.
+        seed: of those delays.
+    """
+
+    def __init__(self, device: torch.device, link: Link | None, *, max_delay_ms: float = 0.0, seed: int = 0) -> None:
+        super().__init__(device)
+        self._link = link or Link()
+        self._max_delay_ms = max_delay_ms
+        self._seed = seed
+        self._queues: dict[Lane, queue.SimpleQueue[_Job | None]] = {}
+        self._threads: list[threading.Thread] = []
+        self._last: dict[Lane, ThreadEvent] = {}
+        self._stall_seconds = 0.0
+
+    def _queue(self, lane: Lane, copies: Sequence[Copy], after: Sequence[Event], label: Label) -> Event:
+        if lane not in self._queues:
+            self._queues[lane] = queue.SimpleQueue()
+            thread = threading.Thread(target=self._work, args=(lane,), name=f"superpipe-{lane.value}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        done = self._last[lane] = ThreadEvent()
+        self._queues[lane].put(_Job(copies, after, label, done))
+        return done
+
+    def compute_event(self) -> Event:
+        return _Past()
+
+    def compute_waits(self, event: Event, unit: int) -> None:
+        if event.query():
+            event.synchronize()  # does not block; raises what the copy raised
+            return
+        start = now()
+        event.synchronize()
+        end = now()
+        self._stall_seconds += end - start
+        if self.recorder is not None:
+            self.recorder.span(Lane.COMPUTE, "stall", unit, start, end)
+
+    def mark(self) -> Mark:
+        return now()
+
+    def compute_span(self, name: str, unit: int, start: Mark) -> None:
+        if self.recorder is not None and isinstance(start, float):
+            self.recorder.span(Lane.COMPUTE, name, unit, start, now())
+
+    def start_recording(self) -> None:
+        self.recorder = Recorder()
+
+    def stop_recording(self) -> Recorder:
+        recorder, self.recorder = self.recorder, None
+        assert recorder is not None, "stop_recording() without start_recording()"
+        for event in self._last.values():
+            event.synchronize()
+        return recorder
+
+    @property
+    def stall_seconds(self) -> float:
+        return self._stall_seconds
+
+    def close(self) -> None:
+        for jobs in self._queues.values():
+            jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._queues.clear()
+        self._threads.clear()
+
+    def _work(self, lane: Lane) -> None:
+        jobs, rng = self._queues[lane], random.Random(f"{self._seed} {lane.value}")
+        while (job := jobs.get()) is not None:
+            done = job.done
+            try:
+                self._run(lane, job, rng)
+            except BaseException as error:  # the copy's event carries it to whoever waits
+                done.error = TransferError(f"copy {job.label.name} of unit {job.label.unit_name!r} failed: {error}")
+                done.error.__cause__ = error
+            del job  # a waiting thread keeps no tensor alive
+            done.set()
+
+    def _run(self, lane: Lane, job: _Job, rng: random.Random) -> None:
+        for event in job.after:
+            event.synchronize()
+        if self._max_delay_ms:
+            time.sleep(rng.random() * self._max_delay_ms / 1e3)
+        start = now()
+        num_bytes = sum(copy.source.nbytes for copy in job.copies)
+        for target, source in job.copies:
+            _copy(target, source)
+        # The deadline is absolute: the time of the real copy is part of the emulated one.
+        bandwidth = self._link.h2d_gb_s if lane is Lane.H2D else self._link.d2h_gb_s
+        deadline = start + self._link.latency_ms / 1e3 + (num_bytes / (bandwidth * 1e9) if bandwidth else 0.0)
+        if deadline > now():
+            time.sleep(deadline - now())
+        if self.recorder is not None:
+            self.recorder.span(lane, job.label.name, job.label.unit, start, now(), num_bytes)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy with one thread: torch's own copy would take the cores from compute."""
+    if target.device.type == source.device.type == "cpu" and target.dtype is torch.uint8:
+        target.numpy()[...] = source.numpy()
+    else:
+        with torch.no_grad():
+            target.copy_(source)

@@ -1,0 +1,197 @@
+"""Saved-tensor tokens: autograd never owns slot memory.
+
+What autograd saves inside a unit call passes through here. A tensor that lies in a slot becomes a token (unit, dtype,
+shape, strides, offset); unpacking the token in backward loads the unit, on demand if no prefetch did, and rebuilds the
+view. Prefetching is therefore only a hint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.slots import SlotPool
+from lightning_superpipe.engine.unit import Unit
+
+__all__ = ["SavedTensors", "TokenHost"]
+
+_VIEW_NODES = frozenset(
+    f"{name}Backward{version}"
+    for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "Unsqueeze", "Squeeze", "Expand", "Select", "Slice")
+    for version in (0, 1)
+)
+_MODIFIED = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+    "parameter {index} of unit {unit!r} changed between forward and backward"
+)
+
+
+class Token(NamedTuple):
+    """What autograd keeps instead of a view of slot memory.
+
+    Attributes:
+        versions: of the host parameter and of its twin, when saved.
+        offset: bytes from the start of the parameter, or of its cast.
+        cast: the saved tensor was a view of the parameter converted to this dtype, not of the parameter itself.
+    """
+
+    unit: weakref.ref[Unit]
+    unit_name: str
+    index: int
+    parameter: nn.Parameter
+    versions: tuple[int, int]
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    cast: bool
+
+
+class _Below(NamedTuple):
+    """Something packed by the pair of hooks below ours (a user's checkpoint, ``save_on_cpu``)."""
+
+    packed: Any
+
+
+class TokenHost(Protocol):
+    """What tokens need of the engine."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether units can still be loaded."""
+
+    device: torch.device
+    slots: SlotPool
+    units: list[Unit]
+
+    def use_in_backward(self, unit: Unit) -> None:
+        """Make sure that the unit is loaded, has arrived and is bound."""
+
+    def unit_of_twin(self, tensor: Tensor) -> tuple[Unit, int] | None:
+        """The unit and index of a twin; None for any other tensor."""
+
+
+class SavedTensors:
+    """The pair of hooks around each unit call. Graphs hold it, so it holds the engine weakly."""
+
+    def __init__(self, host: TokenHost) -> None:
+        self._host = weakref.ref(host)
+        self._device = host.device
+
+    def is_innermost(self) -> bool:
+        """Whether autograd asks this pair of hooks now."""
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and getattr(top[0], "__self__", None) is self
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Turn slot tensors saved inside into tokens; leave all others to the pair of hooks below.
+
+        Autograd asks the innermost pair only: without handing on, a user's checkpoint around units would be defeated
+        silently (test_checkpoint_keeps_its_memory_saving).
+        """
+        if self.is_innermost():
+            yield
+            return
+        below = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        pack, unpack = (self._pack, self._unpack) if below is None else self._composed(*below)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def _composed(
+        self, pack_below: Callable[[Tensor], Any], unpack_below: Callable[[Any], Any]
+    ) -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]]:
+        def pack(tensor: Tensor) -> Any:
+            packed = self._pack(tensor)
+            return packed if isinstance(packed, Token) else _Below(pack_below(tensor))
+
+        def unpack(packed: Any) -> Any:
+            return unpack_below(packed.packed) if isinstance(packed, _Below) else self._unpack(packed)
+
+        pack.__self__ = self  # type: ignore[attr-defined]  # recognised by a nested unit call
+        return pack, unpack
+
+    # -- packing
+
+    def _pack(self, tensor: Tensor) -> Any:
+        host = self._host()
+        if host is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            return tensor
+        if tensor.device.type != self._device.type:
+            return tensor
+        slot = host.slots.at(tensor.untyped_storage().data_ptr())
+        if slot is None:
+            return self._cast_token(host, tensor) or tensor
+        assert slot.tenant is not None, "a tensor of an empty slot was saved"
+        unit = host.units[slot.tenant]
+        offset = tensor.data_ptr() - slot.address if tensor.numel() else 0
+        index = bisect_right(unit.offsets, offset) - 1
+        return self._token(unit, index, tensor, offset - unit.offsets[index], cast=False)
+
+    def _cast_token(self, host: TokenHost, tensor: Tensor) -> Token | None:
+        """Recognise a view of a twin that autocast has converted: keeping it would keep the model on the device."""
+        node = tensor.grad_fn
+        while node is not None and node.name() in _VIEW_NODES:
+            node = node.next_functions[0][0]
+        if node is None or node.name() != "ToCopyBackward0":
+            return None
+        source = getattr(node.next_functions[0][0], "variable", None)
+        owner = host.unit_of_twin(source) if source is not None else None
+        if owner is None or tensor.untyped_storage().nbytes() != source.numel() * tensor.itemsize:
+            return None
+        unit, index = owner
+        return self._token(unit, index, tensor, tensor.storage_offset() * tensor.itemsize, cast=True)
+
+    def _token(self, unit: Unit, index: int, tensor: Tensor, offset: int, *, cast: bool) -> Token:
+        parameter = unit.parameters[index]
+        versions = (parameter._version, unit.twin(index)._version)
+        size, stride = tensor.size(), tensor.stride()
+        return Token(
+            weakref.ref(unit), unit.name, index, parameter, versions, tensor.dtype, size, stride, offset, cast
+        )
+
+    # -- unpacking
+
+    def _unpack(self, packed: Any) -> Tensor:
+        if not isinstance(packed, Token):
+            return packed  # type: ignore[no-any-return]
+        unit, host = packed.unit(), self._host()
+        if unit is None or host is None or not host.is_open:
+            return self._rebuild(packed)
+        if packed.index >= len(unit.parameters) or unit.parameters[packed.index] is not packed.parameter:
+            raise RuntimeError(
+                f"parameter {packed.index} of unit {packed.unit_name!r} was replaced between forward and backward."
+            )
+        if packed.versions != (packed.parameter._version, unit.twin(packed.index)._version):
+            raise RuntimeError(_MODIFIED.format(index=packed.index, unit=packed.unit_name))
+        host.use_in_backward(unit)
+        assert unit.slot is not None, "a unit in use has a slot"
+        if packed.cast:
+            return _view_of_cast(unit.twin(packed.index).detach(), packed)
+        if packed.index in unit.has_own_storage:
+            return _view_of(unit.twin(packed.index).detach(), packed)
+        offset = unit.offsets[packed.index] + packed.offset
+        return unit.slot.view(packed.dtype, offset, packed.size, packed.stride)
+
+    def _rebuild(self, token: Token) -> Tensor:
+        """The engine is gone (backward after teardown): read the host parameter."""
+        with raw_tensors():
+            here = token.parameter.data.to(self._device)
+            return _view_of_cast(here, token) if token.cast else _view_of(here, token)
+
+
+def _view_of(parameter: Tensor, token: Token) -> Tensor:
+    start = parameter.storage_offset() * parameter.itemsize + token.offset
+    return parameter.view(token.dtype).as_strided(token.size, token.stride, start // token.dtype.itemsize)
+
+
+def _view_of_cast(parameter: Tensor, token: Token) -> Tensor:
+    with torch.no_grad():
+        return parameter.to(token.dtype).as_strided(token.size, token.stride, token.offset // token.dtype.itemsize)

@@ -1,0 +1,251 @@
+"""A unit at run time: its host parameters, their twins, and where they sit in its modules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Container, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.lanes import Copy, Event
+from lightning_superpipe.engine.slots import ALIGNMENT, Slot
+from lightning_superpipe.partition import is_streamable
+from lightning_superpipe.tiers import Slab, Tier
+
+__all__ = ["Site", "Unit", "lay_out", "slot_bytes_of"]
+
+
+class Site(NamedTuple):
+    """A place in the model where a parameter is registered: ``module._parameters[name]``."""
+
+    module: nn.Module
+    name: str
+    parameter: nn.Parameter
+
+    def holds(self, parameter: nn.Parameter) -> bool:
+        return self.module._parameters.get(self.name) is parameter
+
+    def put(self, parameter: nn.Parameter) -> None:
+        self.module._parameters[self.name] = parameter
+
+
+class Unit:
+    """The smallest thing moved.
+
+    A unit is *loaded* while it owns a slot, *arrived* once compute waits for no copy of it, and *bound* while its
+    modules hold twins. Bound implies loaded. ``num_active`` counts its calls on the call stack.
+
+    Args:
+        index: position among the units, in registration order.
+        make_twin: called once per new twin, to hang the gradient's way home on it.
+        anchors: ids of parameters that are not streamed; read at each scan.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        module: nn.Module,
+        anchors: Container[int],
+        make_twin: Callable[[Unit, int], nn.Parameter],
+    ) -> None:
+        self.index, self.name, self.module = index, name, module
+        self._anchors = anchors
+        self._make_twin = make_twin
+        self.slot: Slot | None = None
+        self.arrival: Event | None = None
+        self.num_active = 0
+        self.is_bound = False
+        self.stamp: tuple[object, ...] | None = None
+        self._slab: Slab | None = None
+        self.twins: list[nn.Parameter | None] = []
+        self.scan()
+
+    # -- what belongs to the unit
+
+    def registered(self) -> list[Site]:
+        """All places in the unit's modules that hold a parameter now."""
+        return [
+            Site(module, name, parameter)
+            for module in self.module.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+
+    def scan(self) -> None:
+        """Read the modules afresh: users prune, parametrise and replace parameters in mid-run."""
+        sites = self.registered()
+        streamed = {id(s.parameter): s.parameter for s in sites if self._streams(s.parameter)}
+        self.parameters: list[nn.Parameter] = list(streamed.values())
+        position = {key: index for index, key in enumerate(streamed)}
+        self.sites = [(site, position[id(site.parameter)]) for site in sites if id(site.parameter) in position]
+        self.anchor_sites = [site for site in sites if id(site.parameter) in self._anchors]
+        self._signature = _signature(sites)
+        self.offsets, self.num_bytes = lay_out(self.parameters)
+        self.twins = [None] * len(self.parameters)
+        self._base_references = [0] * len(self.parameters)
+        self.has_own_storage: set[int] = set()
+        self.rnns = [module for module in self.module.modules() if isinstance(module, nn.RNNBase)]
+        owners = [] if hasattr(self.module, "_orig_mod") else [site.module for site in sites]
+        self.members = {id(module): module for module in [self.module, *owners]}
+
+    def _streams(self, parameter: nn.Parameter) -> bool:
+        return id(parameter) not in self._anchors and is_streamable(parameter)
+
+    def is_current(self) -> bool:
+        """Whether modules, parameters and twins are still those of the last scan."""
+        if _signature(self.registered()) != self._signature:
+            return False
+        return all(
+            twin is None
+            or (twin.size() == host.size() and twin.dtype == host.dtype and twin.stride() == host.stride())
+            for twin, host in zip(self.twins, self.parameters, strict=True)
+        )
+
+    # -- host bytes
+
+    def adopt(self, tier: Tier) -> None:
+        """Move the host parameters' bytes into one slab of the tier, so that a unit travels as one copy.
+
+        The parameter objects stay; only where their bytes lie changes.
+        """
+        self._slab = tier.allocate(self.num_bytes)
+        with raw_tensors():
+            for parameter, offset in zip(self.parameters, self.offsets, strict=True):
+                home = self._slab.carve(offset, parameter.data)
+                home.copy_(parameter.data)
+                parameter.data = home
+
+    def copies_to(self, slot: Slot) -> list[Copy]:
+        """What to copy into a slot: the slab at once, and whatever a user has put elsewhere since, piece by piece."""
+        base = self._slab.bytes.data_ptr() if self._slab is not None else 0
+        strays = [
+            index
+            for index, (parameter, offset) in enumerate(zip(self.parameters, self.offsets, strict=True))
+            if parameter.numel() and (self._slab is None or parameter.data_ptr() != base + offset)
+        ]
+        copies = []
+        if self._slab is not None and len(strays) < len(self.parameters):
+            copies.append(Copy(slot.buffer[: self.num_bytes], self._slab.bytes))
+        for index in strays:
+            copies.append(Copy(self.view(slot, index), self.parameters[index].data))
+        return copies
+
+    def current_stamp(self, epoch: int) -> tuple[object, ...]:
+        """Equal stamps mean equal host bytes: optimizer steps so far, and each tensor's version and address.
+
+        Versions alone do not do: fused optimizers leave them as they are (test_fused_steps_inside_one_step).
+        """
+        return (epoch, *((p._version, p.data_ptr()) for p in self.parameters))
+
+    # -- twins
+
+    def view(self, slot: Slot, index: int) -> Tensor:
+        """The bytes of one parameter in a slot, with the host tensor's dtype, sizes and strides."""
+        host = self.parameters[index]
+        return slot.view(host.dtype, self.offsets[index], host.size(), host.stride())
+
+    def twin(self, index: int) -> nn.Parameter:
+        """The device copy of one parameter; made at first use, kept for good."""
+        if self.twins[index] is None:
+            self.twins[index] = self._make_twin(self, index)
+            self._base_references[index] = sys.getrefcount(self.twins[index])
+        twin = self.twins[index]
+        assert twin is not None
+        if twin.requires_grad != self.parameters[index].requires_grad:
+            twin.requires_grad_(self.parameters[index].requires_grad)
+        return twin
+
+    def point_twins_at(self, slot: Slot) -> None:
+        """Let all twins show the bytes in a slot."""
+        for index in range(len(self.parameters)):
+            twin = self.twin(index)
+            if index in self.has_own_storage:
+                continue
+            twin.data = self.view(slot, index)
+
+    def num_slot_twins(self) -> int:
+        """How many twins point into a slot."""
+        return sum(t is not None and i not in self.has_own_storage for i, t in enumerate(self.twins))
+
+    def twin_versions(self) -> list[int]:
+        return [twin._version for twin in self.twins if twin is not None]
+
+    # -- binding
+
+    def bind(self, anchor_twin: Callable[[nn.Parameter], nn.Parameter] | None) -> None:
+        """Put twins into the modules, where the host parameters still are; anchors' copies too where there are any."""
+        for site, index in self.sites:
+            if site.holds(site.parameter):
+                site.put(self.twin(index))
+        if anchor_twin is not None:
+            for site in self.anchor_sites:
+                if site.holds(site.parameter):
+                    site.put(anchor_twin(site.parameter))
+        self._flatten_rnns()
+        self.is_bound = True
+
+    def unbind(self, host_of: Callable[[object], nn.Parameter | None]) -> None:
+        """Put the host parameters back, wherever a twin still is."""
+        for site, index in self.sites:
+            held = site.module._parameters.get(site.name)
+            if held is self.twins[index] or host_of(held) is site.parameter:
+                site.put(site.parameter)
+        for site in self.anchor_sites:
+            if host_of(site.module._parameters.get(site.name)) is site.parameter:
+                site.put(site.parameter)
+        self._flatten_rnns()
+        self.is_bound = False
+
+    def _flatten_rnns(self) -> None:
+        # Recurrent layers keep a second list of their weights.
+        for rnn in self.rnns:
+            if "_flat_weights" in rnn.__dict__:
+                rnn.__dict__["_flat_weights"] = [getattr(rnn, name, None) for name in rnn._flat_weights_names]
+
+    def stashed_twins(self) -> list[int]:
+        """Twins that somebody outside still holds as objects (``ctx.w = w``, ``cache.append(self.w)``)."""
+        found = []
+        for index in range(len(self.twins)):
+            if self.twins[index] is None or index in self.has_own_storage:
+                continue
+            extra = sys.getrefcount(self.twins[index]) - self._base_references[index]
+            if extra > 0 and extra > (_graph_reference() if self.twins[index]._use_count() > 1 else 0):  # type: ignore[union-attr]
+                found.append(index)
+        return found
+
+
+@cache
+def _graph_reference() -> int:
+    """Python references that a parameter gains by being used in a graph (depends on torch's object model)."""
+    with raw_tensors():
+        box = [nn.Parameter(torch.zeros(1))]
+    before = sys.getrefcount(box[0])
+    with torch.inference_mode(False), torch.enable_grad():
+        graph = box[0] * 2.0
+    gained = sys.getrefcount(box[0]) - before
+    del graph
+    return gained
+
+
+def lay_out(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
+    """Aligned byte offsets of tensors packed one after the other, and the bytes of all."""
+    offsets, end = [], 0
+    for parameter in parameters:
+        offsets.append(end)
+        end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+    return offsets, end
+
+
+def slot_bytes_of(module: nn.Module, anchors: Container[int]) -> int:
+    """Bytes of the slot that a module needs as a unit."""
+    return lay_out([p for p in module.parameters() if id(p) not in anchors and is_streamable(p)])[1]
+
+
+def _signature(sites: list[Site]) -> list[tuple[int, str, int]]:
+    return [(id(site.module), site.name, id(site.parameter)) for site in sites]
+

@@ -1,0 +1,86 @@
+"""Device bytes by kind while a step runs: from the allocator where it keeps counts, else counted by operation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from lightning_superpipe.observe.live_bytes import LiveBytes
+from lightning_superpipe.observe.report import PeakBytes
+from lightning_superpipe.observe.trace import Recorder
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """Finds the peak, and feeds the memory curve of a recorded step.
+
+    Args:
+        device: whose memory is measured.
+        static: returns (slots, anchors) in bytes as they are now.
+        gradients: returns the bytes of gradients waiting on the device.
+    """
+
+    def __init__(
+        self, device: torch.device, static: Callable[[], tuple[int, int]], gradients: Callable[[], int]
+    ) -> None:
+        self._device, self._static, self._gradients = device, static, gradients
+        self._live: LiveBytes | None = None
+        self._allocator = _allocator_of(device)
+        self._base = self._allocator.memory_allocated(device) if self._allocator else 0
+        self.peak = PeakBytes()
+        self.recorder: Recorder | None = None
+        if self._allocator:
+            self._allocator.reset_peak_memory_stats(device)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what operations create inside (devices without an allocator's counts only). Enter it per scope."""
+        if self._allocator is not None:
+            yield
+            return
+        if self._live is None:
+            self._live = LiveBytes(self._device.type)
+        with self._live:
+            yield
+        self.sample()
+
+    def stop_counting(self) -> None:
+        """Forget what was counted: the steps that were to be measured are over."""
+        self._live = None
+
+    def exclude(self, address: int) -> None:
+        """Leave a storage out of the activations: it is counted as slot or anchor."""
+        if self._live is not None:
+            self._live.exclude.add(address)
+
+    def sample(self, time_s: float | None = None) -> None:
+        """Look at the memory now."""
+        slots, anchors = self._static()
+        gradients = self._gradients()
+        peak_of_rest, rest = self._rest(slots, anchors, gradients)
+        peak = PeakBytes(slots, anchors, gradients, max(0, peak_of_rest))
+        self.peak = max(self.peak, peak, key=lambda each: each.total)
+        if self.recorder is not None:
+            now = self.recorder.now() if time_s is None else time_s
+            self.recorder.sample(now, slots, anchors, gradients, max(0, rest))
+
+    def _rest(self, slots: int, anchors: int, gradients: int) -> tuple[int, int]:
+        """Bytes that are neither slots nor anchors nor waiting gradients: the most since the last look, and now."""
+        known = slots + anchors + gradients
+        if self._allocator is not None:
+            most = self._allocator.max_memory_allocated(self._device) - self._base - known
+            return most, self._allocator.memory_allocated(self._device) - self._base - known
+        if self._live is None:
+            return 0, 0
+        return self._live.take_recent_peak() - gradients, self._live.current_bytes - gradients
+
+
+def _allocator_of(device: torch.device):  # type: ignore[no-untyped-def]  # a module chosen at run time
+    """The device's module if its allocator keeps counts; None otherwise."""
+    if device.type == "cpu":
+        return None
+    module = torch.get_device_module(device)
+    return module if hasattr(module, "max_memory_allocated") else None

@@ -1,0 +1,190 @@
+"""What a run held on the device, moved and waited for: numbers that print as a table and are logged as metrics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, astuple, dataclass
+from io import StringIO
+from typing import NamedTuple
+
+from humanize import metric, naturalsize
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["PeakBytes", "Report", "StepCounters"]
+
+_TABLE_WIDTH, _NAME_WIDTH = 100, 22
+
+
+class PeakBytes(NamedTuple):
+    """Device bytes by kind at the moment when their sum was largest, so that they add up to the peak.
+
+    >>> max(PeakBytes(4, 1, 0, 9), PeakBytes(4, 1, 3, 7), key=lambda peak: peak.total).gradients
+    3
+    """
+
+    slots: int = 0
+    anchors: int = 0
+    gradients: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All kinds together, bytes."""
+        return sum(self)
+
+
+@dataclass(frozen=True)
+class StepCounters:
+    """Traffic of one step or of many; counters add and subtract.
+
+    Attributes:
+        num_loads: units copied to the device.
+        num_plan_misses: loads on demand because the model left the plan.
+        h2d_bytes: bytes copied from host to device.
+        d2h_bytes: bytes copied from device to host.
+        stall_seconds: time that compute waited for copies.
+
+    >>> StepCounters(num_loads=9, h2d_bytes=90) - StepCounters(num_loads=4, h2d_bytes=40)
+    StepCounters(num_loads=5, num_plan_misses=0, h2d_bytes=50, d2h_bytes=0, stall_seconds=0.0)
+    """
+
+    num_loads: int = 0
+    num_plan_misses: int = 0
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
+    stall_seconds: float = 0.0
+
+    def __add__(self, other: StepCounters) -> StepCounters:
+        """Return both together."""
+        return StepCounters(*(mine + more for mine, more in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: StepCounters) -> StepCounters:
+        """Return what came after ``other`` was counted."""
+        return StepCounters(*(mine - less for mine, less in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What streaming cost and saved; ``print`` it, or log ``as_metrics()``.
+
+    Attributes:
+        k: most units on the device at once.
+        k_prime: units moved per transfer.
+        num_units: units of the model.
+        num_steps: training steps so far.
+        peak: device bytes by kind at the peak.
+        resident_bytes: what the ordinary run would hold on the device at least: weights, gradients, states.
+        host_bytes: bytes of the store.
+        last_step: traffic of the last step.
+        total: traffic since the run began.
+        device: such as ``"cuda:0"``.
+        emulated: the link or the device memory was emulated.
+        unit_overhead_us: what the engine adds to a unit's forward or backward, microseconds.
+    """
+
+    k: int
+    k_prime: int
+    num_units: int
+    num_steps: int
+    peak: PeakBytes
+    resident_bytes: int
+    host_bytes: int
+    last_step: StepCounters
+    total: StepCounters
+    device: str
+    emulated: bool
+    unit_overhead_us: float
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """Most bytes on the device at once, all kinds."""
+        return self.peak.total
+
+    @property
+    def num_loads(self) -> int:
+        """Units copied to the device, in total."""
+        return self.total.num_loads
+
+    @property
+    def num_plan_misses(self) -> int:
+        """Loads on demand, in total."""
+        return self.total.num_plan_misses
+
+    @property
+    def h2d_bytes(self) -> int:
+        """Bytes copied from host to device, in total."""
+        return self.total.h2d_bytes
+
+    @property
+    def d2h_bytes(self) -> int:
+        """Bytes copied from device to host, in total."""
+        return self.total.d2h_bytes
+
+    @property
+    def stall_seconds(self) -> float:
+        """Time that compute waited for copies, in total."""
+        return self.total.stall_seconds
+
+    def as_metrics(self, prefix: str = "superpipe/") -> dict[str, float]:
+        """Return all numbers by name, for a logger: totals under their own names, the last step as ``last_step_*``."""
+        sizes = {f"peak_{kind}_bytes": size for kind, size in self.peak._asdict().items()}
+        last = {f"last_step_{name}": count for name, count in asdict(self.last_step).items()}
+        names = ("k", "k_prime", "num_units", "num_steps", "peak_device_bytes", "resident_bytes", "host_bytes")
+        own = {name: getattr(self, name) for name in (*names, "unit_overhead_us", "emulated")}
+        return {prefix + name: float(value) for name, value in {**own, **sizes, **asdict(self.total), **last}.items()}
+
+    def __rich__(self) -> Group:
+        """Return the report for a rich console, in colour."""
+        return Group(self._headline(), self._memory_table(), self._traffic_table())
+
+    def __str__(self) -> str:
+        """Return the report as plain text, at most 100 columns."""
+        console = Console(
+            file=StringIO(), width=_TABLE_WIDTH, color_system=None, force_terminal=False, force_jupyter=False
+        )
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
+
+    def _headline(self) -> Text:
+        where = f"{self.device} (emulated link and memory)" if self.emulated else self.device
+        window = f"k={self.k} of {self.num_units} units, k'={self.k_prime}"
+        return Text.assemble(("superpipe", "bold"), f" on {where}: {window}, {self.num_steps} steps")
+
+    def _memory_table(self) -> Table:
+        """Return the peak by kind beside what the ordinary run would hold."""
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("memory", min_width=_NAME_WIDTH)
+        table.add_column("bytes", justify="right")
+        table.add_column("of the ordinary run", justify="right")
+        for kind, size in self.peak._asdict().items():
+            table.add_row(f"  {kind}", _size(size), self._share(size), style="dim")
+        table.add_row("device peak", _size(self.peak.total), self._share(self.peak.total), style="bold")
+        table.add_row("ordinary run, at least", _size(self.resident_bytes), "")
+        table.add_row("host store", _size(self.host_bytes), "")
+        return table
+
+    def _traffic_table(self) -> Table:
+        """Return the counters of the last step beside their totals."""
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("traffic", min_width=_NAME_WIDTH)
+        table.add_column("last step", justify="right")
+        table.add_column("total", justify="right")
+        last, total = self.last_step, self.total
+        table.add_row("loads", f"{last.num_loads:,}", f"{total.num_loads:,}")
+        table.add_row("plan misses", f"{last.num_plan_misses:,}", f"{total.num_plan_misses:,}")
+        table.add_row("host to device", _size(last.h2d_bytes), _size(total.h2d_bytes))
+        table.add_row("device to host", _size(last.d2h_bytes), _size(total.d2h_bytes))
+        table.add_row("stall", metric(last.stall_seconds, "s"), metric(total.stall_seconds, "s"))
+        table.add_row("engine, each unit", metric(self.unit_overhead_us / 1e6, "s"), "")
+        return table
+
+    def _share(self, size: int) -> str:
+        """Return ``size`` as a share of the ordinary run."""
+        return f"{size / self.resident_bytes:.1%}" if self.resident_bytes else ""
+
+
+def _size(num_bytes: int) -> str:
+    return naturalsize(num_bytes, binary=True)

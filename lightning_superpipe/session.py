@@ -1,0 +1,270 @@
+"""The composer: a module and a configuration become units, an engine and a report."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from humanize import naturalsize
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.engine.backend import is_separate
+from lightning_superpipe.engine.engine import Engine, Window
+from lightning_superpipe.engine.follower import TRAIN
+from lightning_superpipe.engine.lanes import Lanes, StreamLanes
+from lightning_superpipe.engine.thread_lanes import ThreadLanes
+from lightning_superpipe.engine.unit import slot_bytes_of
+from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
+from lightning_superpipe.observe.meter import Meter
+from lightning_superpipe.observe.report import Report, StepCounters
+from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
+from lightning_superpipe.planning.budget import MemoryNeed, choose_k
+from lightning_superpipe.tiers import HostTier
+
+__all__ = ["Session"]
+
+_NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
+
+
+class Session:
+    """One module streamed on one device, from setup to teardown.
+
+    Args:
+        root: the module; it stays as it is but for the class of its parts, which :meth:`close` restores.
+        device: where it computes.
+        trains: gradients will come; evaluation needs no room for them.
+        owns_root: the root itself is called (not only its parts), so it is swapped as well.
+
+    Raises:
+        PartitionError, UnsupportedError: the module cannot be streamed, or not as asked.
+        BudgetError: the window does not fit ``device_memory``.
+    """
+
+    def __init__(
+        self, root: nn.Module, config: SuperpipeConfig, device: torch.device, *, trains: bool, owns_root: bool = False
+    ) -> None:
+        self.config, self.device = config, device
+        found = partition(root, config.units)
+        need = _memory_need(root, found, trains=trains)
+        budget = config.device_memory if isinstance(config.device_memory, int) else None
+        self.k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=config.k_prime)
+        self.k_prime = min(config.k_prime, self.k)
+        self.units: UnitTable = unit_table(root, found, k=self.k)
+        self._need, self._budget = need, budget
+        self._tier = HostTier(pin=_may_pin(config, device))
+        self._engine = self._make_engine(root, found, owns_root)
+        self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
+        self._backward_scope = contextlib.ExitStack()
+        self._optimizers: list[Optimizer] = []
+        self._root = root
+        self._num_steps = 0
+        self._total = self._at_step_start = self._last_step = StepCounters()
+        self.recording: Recording | None = None
+
+    def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
+        hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
+        window = Window(self.k, self.k_prime, hostile.poison, hostile.seed if hostile.shuffle_slots else None)
+        return Engine(
+            root,
+            [(unit.name, unit.module) for unit in found.units],
+            found.anchors,
+            window,
+            lanes=_make_lanes(self.config, self.device, hostile),
+            tier=self._tier,
+            pin=_may_pin(self.config, self.device),
+            owns_root=owns_root,
+        )
+
+    # -- steps
+
+    @contextlib.contextmanager
+    def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
+        """Scope of a step, see :meth:`Engine.step`."""
+        if mode == TRAIN:
+            self._begin_training_step()
+        with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed):
+            yield
+        if mode == TRAIN:
+            self._report_promotions()
+
+    def begin_backward(self, *, is_undisturbed: bool) -> None:
+        """A backward pass outside :meth:`step` begins; user hooks may have run since the step."""
+        if not is_undisturbed:
+            self._engine.invalidate()
+        self._backward_scope.enter_context(self._counting(TRAIN))
+
+    def end_backward(self) -> None:
+        """The backward pass is over."""
+        self._backward_scope.close()
+
+    def _begin_training_step(self) -> None:
+        self._backward_scope.close()  # left open where a backward pass raised
+        self._finish_step()
+        if self._num_steps == self.config.record_step:
+            self._engine.lanes.start_recording()
+            self._meter.recorder = self._engine.lanes.recorder
+        self._num_steps += 1
+        self._engine.on_boundary = self._meter.sample if self._is_counted() else None
+
+    def _finish_step(self) -> None:
+        """Close the books of the training step before."""
+        counters = self._counters()
+        if self._num_steps:
+            self._meter.sample()
+            self._last_step = counters - self._at_step_start
+        self._at_step_start = counters
+        if self._meter.recorder is not None:
+            self._meter.recorder = None
+            self.recording = self._engine.lanes.stop_recording().finish(
+                unit_names=[unit.name for unit in self._engine.units],
+                k=self.k,
+                k_prime=self.k_prime,
+                device=str(self.device),
+                emulated=self.is_emulated,
+                resident_bytes=self._resident_bytes(),
+                budget_bytes=self._budget,
+            )
+
+    def _is_counted(self) -> bool:
+        return self._num_steps <= _NUM_COUNTED_STEPS or self._meter.recorder is not None
+
+    def _counting(self, mode: str) -> contextlib.AbstractContextManager[None]:
+        return self._meter.counting() if mode == TRAIN and self._is_counted() else contextlib.nullcontext()
+
+    def _report_promotions(self) -> None:
+        promotions = self._engine.catalog.take_promotions()
+        if not promotions:
+            return
+        num_bytes = sum(promotion.num_bytes for promotion in promotions)
+        names = ", ".join(sorted({promotion.unit_name for promotion in promotions})[:8])
+        message = (
+            f"{len(promotions)} parameters ({naturalsize(num_bytes, binary=True)}) of units {names} are read outside "
+            f"their unit (by {promotions[0].function}): from now on they have a permanent copy on the device."
+        )
+        extra = self._need.total(self.k) + num_bytes
+        if self._budget is not None and extra > self._budget:
+            raise BudgetError(
+                f"{message} That makes {naturalsize(extra, binary=True)}, but device_memory allows "
+                f"{naturalsize(self._budget, binary=True)}. Read them inside a module's own forward, or allow more."
+            )
+        warnings.warn(message, SuperpipeWarning, stacklevel=2)
+
+    # -- what front ends ask
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether this device is the host itself, so that streaming saves nothing real."""
+        return not is_separate(self.device)
+
+    def attend(self, optimizers: Iterable[Optimizer]) -> None:
+        """Count these optimizers' states in the report."""
+        self._optimizers = list(optimizers)
+
+    def invalidate(self) -> None:
+        """User code may have written to weights: load everything afresh."""
+        self._engine.invalidate()
+
+    def abort(self) -> None:
+        """Put the model in order after an exception."""
+        self._backward_scope.close()
+        self._engine.abort()
+
+    def close(self) -> None:
+        """Give the model back as it was, with its current weights."""
+        self._finish_step()
+        self._total = self._counters()
+        self._engine.close()
+
+    # -- report
+
+    def report(self) -> Report:
+        """What streaming cost and saved so far."""
+        counters = self._counters() if self._engine.is_open else self._total
+        last = counters - self._at_step_start if self._engine.is_open else self._last_step
+        static = self._need.total(self.k) - self._need.gradient_bytes
+        peak = self._meter.peak
+        if not peak.total:
+            slots = self.k * self._need.slot_bytes
+            peak = peak._replace(slots=slots, anchors=static - slots)
+        weights, gradients, states = self._training_state()
+        return Report(
+            k=self.k,
+            k_prime=self.k_prime,
+            num_units=len(self._engine.units),
+            num_steps=self._num_steps,
+            peak=peak,
+            resident_bytes=weights + gradients + states,
+            host_bytes=weights + gradients + states,
+            last_step=last,
+            total=counters,
+            device=str(self.device),
+            emulated=self.is_emulated,
+            unit_overhead_us=self._engine.overhead_us(),
+        )
+
+    def _counters(self) -> StepCounters:
+        if not self._engine.is_open:
+            return self._total
+        residency, lanes = self._engine.residency, self._engine.lanes
+        return StepCounters(
+            num_loads=residency.num_loads,
+            num_plan_misses=residency.num_plan_misses,
+            h2d_bytes=lanes.h2d_bytes,
+            d2h_bytes=lanes.d2h_bytes,
+            stall_seconds=lanes.stall_seconds,
+        )
+
+    def _static_bytes(self) -> tuple[int, int]:
+        anchors = self._engine.anchors.num_bytes if not self.is_emulated else self._need.anchor_bytes
+        return self._engine.slots.num_bytes, anchors
+
+    def _training_state(self) -> tuple[int, int, int]:
+        """Bytes of weights, gradients and optimizer states of the whole model."""
+        parameters = [p for p in self._root.parameters() if not nn.parameter.is_lazy(p)]
+        weights = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in self._root.buffers())
+        gradients = sum(p.nbytes for p in parameters if p.requires_grad) if self._num_steps else 0
+        states = (value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state))
+        return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
+
+
+def _memory_need(root: nn.Module, found: Partition, *, trains: bool) -> MemoryNeed:
+    """Device bytes that are known before anything runs."""
+    sizes = {unit.name: slot_bytes_of(unit.module, found.anchors) for unit in found.units}
+    largest = max(sizes, key=lambda name: sizes[name])
+    anchors = sum(p.nbytes for p in root.parameters() if id(p) in found.anchors and not nn.parameter.is_lazy(p))
+    buffers = sum(buffer.nbytes for buffer in root.buffers())
+    return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains)
+
+
+def _make_lanes(config: SuperpipeConfig, device: torch.device, hostile: Adversary) -> Lanes:
+    """Copy threads on the CPU and where a link is emulated, streams on accelerators."""
+    emulates = config.link is not None or hostile.max_delay_ms > 0
+    if device.type == "mps":
+        raise UnsupportedError(
+            "streaming to 'mps' saves nothing: that device shares its memory with the host. Use the ordinary strategy."
+        )
+    if device.type != "cpu" and not (emulates and _copies_synchronously(device)):
+        if emulates:
+            raise ConfigError(f"a link can be emulated on the CPU only, not on {str(device)!r}: leave `link` out.")
+        return StreamLanes(device)
+    return ThreadLanes(device, config.link, max_delay_ms=hostile.max_delay_ms, seed=hostile.seed)
+
+
+def _copies_synchronously(device: torch.device) -> bool:
+    """Backends from outside torch that keep their memory on the host have no queue of their own."""
+    return device.type not in ("cuda", "xpu", "hpu", "mtia")
+
+
+def _may_pin(config: SuperpipeConfig, device: torch.device) -> bool:
+    return config.pin_memory is not False and device.type == "cuda"
+
+
+def _values(state: Any) -> list[Any]:
+    """What an optimizer keeps for one parameter; most keep a dict."""
+    return list(state.values()) if isinstance(state, dict) else [state]

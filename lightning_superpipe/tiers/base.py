@@ -1,0 +1,53 @@
+"""What a tier offers: exact-size memory, carved into tensors that each own their storage."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+__all__ = ["Slab", "Tier"]
+
+
+class Slab(ABC):
+    """One piece of memory of an exact size."""
+
+    num_bytes: int
+
+    @property
+    @abstractmethod
+    def bytes(self) -> Tensor:
+        """The whole slab, shape (num_bytes,), uint8."""
+
+    @abstractmethod
+    def carve(self, offset: int, like: Tensor) -> Tensor:
+        """Return a tensor over the slab with the dtype, sizes and strides of ``like``, ``offset`` bytes from its start.
+
+        The tensor has a storage of its own of exactly its bytes: saving it to a file writes no neighbour.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the device knows of this memory (page locks). Tensors carved from it stay valid."""
+
+
+class Tier(ABC):
+    """An allocator of slabs: host memory today; files or shared memory fit the same three calls."""
+
+    @abstractmethod
+    def allocate(self, num_bytes: int) -> Slab:
+        """Return a new slab.
+
+        Raises:
+            BudgetError: the tier has no room for it.
+        """
+
+    @property
+    @abstractmethod
+    def allocated_bytes(self) -> int:
+        """Bytes of the slabs handed out and not closed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close every slab."""
+

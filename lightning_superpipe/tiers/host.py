@@ -1,0 +1,85 @@
+"""Host memory: page-aligned, of exact size, page-locked where the device can use that."""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+
+import torch
+from torch import Tensor
+
+from lightning_superpipe.errors import BudgetError, SuperpipeWarning
+from lightning_superpipe.tiers.base import Slab, Tier
+
+__all__ = ["HostSlab", "HostTier"]
+
+
+class HostSlab(Slab):
+    """Anonymous private pages, so that no allocator rounds them up to a power of two."""
+
+    def __init__(self, num_bytes: int, *, pin: bool) -> None:
+        self.num_bytes = num_bytes
+        # Private, not the default shared mapping: forked data loader workers must not see later updates.
+        self._pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._bytes = torch.frombuffer(self._pages, dtype=torch.uint8)[:num_bytes]
+        self.pinned = pin and num_bytes > 0 and _page_lock(self._bytes)
+
+    @property
+    def bytes(self) -> Tensor:
+        return self._bytes
+
+    def carve(self, offset: int, like: Tensor) -> Tensor:
+        if like.numel() == 0:
+            return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
+        flat = torch.frombuffer(self._pages, dtype=like.dtype, count=like.numel(), offset=offset)
+        return flat.as_strided(like.size(), like.stride())
+
+    def close(self) -> None:
+        if self.pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+            self.pinned = False
+
+
+class HostTier(Tier):
+    """Slabs of host memory.
+
+    Args:
+        pin: page-lock every slab. Where the driver refuses, the tier goes on pageable and warns once.
+    """
+
+    def __init__(self, *, pin: bool) -> None:
+        self._pin = pin
+        self._slabs: list[HostSlab] = []
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(slab.num_bytes for slab in self._slabs)
+
+    def allocate(self, num_bytes: int) -> HostSlab:
+        try:
+            slab = HostSlab(num_bytes, pin=self._pin)
+        except OSError as error:
+            raise BudgetError(
+                f"the host has no room for {num_bytes} more bytes ({self.allocated_bytes} are in use by the store): "
+                f"{error}. Use a smaller model or more host memory."
+            ) from error
+        if self._pin and num_bytes > 0 and not slab.pinned:
+            self._pin = False
+            warnings.warn(
+                f"the driver refused to page-lock {num_bytes} bytes of host memory; copies go through pageable memory "
+                "and are slower. Raise the locked-memory limit (ulimit -l), or set pin_memory=False to silence this.",
+                SuperpipeWarning,
+                stacklevel=2,
+            )
+        self._slabs.append(slab)
+        return slab
+
+    def close(self) -> None:
+        for slab in self._slabs:
+            slab.close()
+        self._slabs.clear()
+
+
+def _page_lock(pages: Tensor) -> bool:
+    """Register pages with the driver; False where it refuses."""
+    return int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.numel(), 0)) == 0
