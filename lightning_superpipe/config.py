@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,9 +57,9 @@ class Link:
     def __post_init__(self) -> None:
         for name in ("h2d_gb_s", "d2h_gb_s"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (_is_number(value) and value > 0):
                 raise ConfigError(f"link.{name}={value!r}: a bandwidth is positive, or null for memory speed.")
-        if self.latency_ms < 0:
+        if not (_is_number(self.latency_ms) and self.latency_ms >= 0):
             raise ConfigError(f"link.latency_ms={self.latency_ms!r}: a latency is not negative.")
 
 
@@ -123,8 +123,13 @@ class SuperpipeConfig:
         for name in ("pin_memory", "fused_optimizer"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are true, false and 'auto'.")
-        if self.record_step is not None and (not isinstance(self.record_step, int) or self.record_step < 0):
-            raise ConfigError(f"record_step={self.record_step!r}: the index of a training step (0 or more), or null.")
+        step = self.record_step
+        if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
+            raise ConfigError(f"record_step={step!r}: the index of a training step (0 or more), or null.")
+        _check_units(self.units)
+        for name, nested in (("link", Link), ("adversary", Adversary)):
+            if not isinstance(getattr(self, name), nested | None):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: a mapping of {_names(nested)} is allowed, or null.")
         if self.device_memory is not None:
             object.__setattr__(self, "device_memory", parse_bytes(self.device_memory))
 
@@ -137,16 +142,43 @@ class SuperpipeConfig:
         ...
         lightning_superpipe.errors.ConfigError: unknown option 'kprime': did you mean 'k_prime'?
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}."
-                raise ConfigError(f"unknown option {name!r}: {hint}")
+        _check_names(cls, options)
         for name, nested in (("link", Link), ("adversary", Adversary)):
-            if isinstance(options.get(name), dict):
+            if isinstance(options.get(name), Mapping):
+                _check_names(nested, options[name], prefix=f"{name}.")
                 options[name] = nested(**options[name])
         return cls(**options)
+
+
+def _names(schema: type) -> str:
+    """Return the schema's options as a list in words."""
+    return ", ".join(field.name for field in dataclasses.fields(schema))
+
+
+def _check_names(schema: type, options: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ConfigError for an option that the schema does not have, with the nearest one it has."""
+    known = [field.name for field in dataclasses.fields(schema)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known options: {_names(schema)}."
+            raise ConfigError(f"unknown option {prefix + str(name)!r}: {hint}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_units(units: Any) -> None:
+    """Raise ConfigError unless ``units`` is None, a callable, a name, or a sequence of names."""
+    names = [units] if isinstance(units, str) else units
+    if names is None or callable(names):
+        return
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"units={units!r}: a class name, a module name or pattern, a list of these, or a callable "
+            "(name, module) -> bool is allowed; null finds the units."
+        )
 
 
 def _check_count(name: str, value: Any, also: str | None = None) -> None:

@@ -6,10 +6,11 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["graph_task_id", "is_separate", "raw_tensors"]
+__all__ = ["graph_task_id", "is_separate", "raw_tensors", "storage_address"]
 
 
 def is_separate(device: torch.device) -> bool:
@@ -20,6 +21,16 @@ def is_separate(device: torch.device) -> bool:
 def graph_task_id() -> int:
     """Number of the backward pass that the calling thread is running; -1 outside backward."""
     return torch._C._current_graph_task_id()
+
+
+def storage_address(tensor: Tensor) -> int | None:
+    """Address of a tensor's memory; None for those without (sparse, subclasses, inside ``vmap``)."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 @contextlib.contextmanager

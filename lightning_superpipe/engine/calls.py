@@ -114,17 +114,12 @@ class OuterOwner(_EngineOwner):
 def _without_slot_views(engine: Engine, output: Any) -> Any:
     """Clone outputs that are views of a slot: they would die with it. Values and gradients are the same."""
 
-    def lies_in_slot(tensor: Tensor) -> bool:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-            return False
-        if tensor.device.type != engine.device.type:
-            return False
-        return engine.slots.at(tensor.untyped_storage().data_ptr()) is not None
+    def is_view(leaf: Any) -> bool:
+        return isinstance(leaf, Tensor) and engine.slots.of(leaf) is not None
 
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    if not any(lies_in_slot(leaf) for leaf in leaves):
+    if not any(map(is_view, tree_leaves(output))):
         return output
-    return tree_map_only(Tensor, lambda tensor: tensor.clone() if lies_in_slot(tensor) else tensor, output)
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if is_view(tensor) else tensor, output)
 
 
 def _prefetch_in_backward(engine: Engine, unit: Unit, output: Any) -> None:

@@ -26,7 +26,7 @@ class Promotion(NamedTuple):
 class Catalog:
     """Finds the role of a tensor by identity.
 
-    A streamed parameter that is an operand outside its unit becomes an anchor (:meth:`operand`).
+    A streamed parameter that is an operand outside its unit becomes an anchor (:meth:`promote`).
     """
 
     def __init__(self, root: nn.Module, anchors: Anchors) -> None:
@@ -80,28 +80,29 @@ class Catalog:
         self._by_address = None
         self._buffers = {} if root is None else {id(b): b for b in root.buffers() if b.device.type == "cpu"}
 
-    def operand(self, tensor: Tensor, function: str) -> Tensor:
-        """Return what an operation outside units must get for a tensor; a streamed parameter becomes an anchor."""
-        streamed = self._hosts.get(id(tensor))
-        if streamed is not None and id(tensor) not in self._anchors.reasons:
-            self._promote(streamed[0], tensor, function)
+    def operand(self, tensor: Tensor) -> Tensor:
+        """Return what an operation outside units must get for an anchor or a buffer; other tensors as they are."""
         if not self._anchors.is_separate or tensor.device.type != "cpu":
             return tensor
         if isinstance(tensor, nn.Parameter):
             return self._anchors.twin(tensor) if id(tensor) in self._anchors.reasons else tensor
         return self._anchors.buffer_twin(tensor) if id(tensor) in self._buffers else tensor
 
-    def _promote(self, unit: Unit, parameter: Tensor, function: str) -> None:
-        self._anchors.reasons[id(parameter)] = f"read outside its unit by {function}"
-        self._promotions.append(Promotion(unit.name, parameter.nbytes, function))
-        # The unit goes on with its twin until the next step: a recomputation must save what the forward saved.
-        self._stale_units[unit.index] = unit
+    def promote(self, unit: Unit, parameter: Tensor, function: str) -> None:
+        """Make a streamed parameter an anchor from the next step on.
+
+        The unit goes on with its twin until then: a recomputation must save what the forward saved, and the gradients
+        of one step must meet in one place (test: inner_step).
+        """
+        if id(parameter) not in self._anchors.reasons:
+            self._anchors.reasons[id(parameter)] = f"read outside its unit by {function}"
+            self._promotions.append(Promotion(unit.name, parameter.nbytes, function))
+            self._stale_units[unit.index] = unit
 
     def promote_unit(self, unit: Unit, function: str) -> None:
         """Make all of a unit's parameters anchors."""
         for host in unit.parameters:
-            if id(host) not in self._anchors.reasons:
-                self._promote(unit, host, function)
+            self.promote(unit, host, function)
 
     def take_stale_units(self) -> list[Unit]:
         """Units to be scanned again because some of their parameters became anchors."""
@@ -126,10 +127,11 @@ class Catalog:
         return tuple(self._graph_tensor(tensor) for tensor in tensors)
 
     def _graph_tensor(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._anchors.reasons and isinstance(tensor, nn.Parameter):
-            return self._anchors.twin(tensor) if self._anchors.is_separate else tensor
         streamed = self._hosts.get(id(tensor))
-        return tensor if streamed is None else streamed[0].twin(streamed[1])
+        if streamed is not None:
+            return streamed[0].twin(streamed[1])
+        is_anchor = id(tensor) in self._anchors.reasons and isinstance(tensor, nn.Parameter)
+        return self._anchors.twin(tensor) if is_anchor and self._anchors.is_separate else tensor
 
     def host_of_storage(self, address: int) -> Tensor | None:
         """The host parameter or buffer whose storage starts at an address; None if there is none."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +23,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
-from lightning_superpipe.engine.backend import graph_task_id, is_separate, raw_tensors
+from lightning_superpipe.engine.backend import graph_task_id, is_separate, raw_tensors, storage_address
 from lightning_superpipe.engine.calls import OuterOwner, UnitOwner
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.follower import TRAIN, Follower
 from lightning_superpipe.engine.gradients import GradientReturn, accumulate
 from lightning_superpipe.engine.lanes import Label, Lanes, now
 from lightning_superpipe.engine.residency import Residency
-from lightning_superpipe.engine.slots import SlotPool
+from lightning_superpipe.engine.slots import SlotPool, storage_key
 from lightning_superpipe.engine.swap import swap_in, swap_out
 from lightning_superpipe.engine.tokens import SavedTensors
 from lightning_superpipe.engine.unit import Unit
@@ -111,12 +112,16 @@ class Engine:
     # -- installation
 
     def _install(self, unit: Unit) -> None:
-        unit.adopt(self._tier)
+        unit.adopt(self._tier, self._storage_owners())
         self.gradients.add_group(unit.parameters)
         self.catalog.add(unit)
         owner = UnitOwner(self, unit)
         for module in unit.members.values():
             swap_in(module, owner)
+
+    def _storage_owners(self) -> Counter[int]:
+        tensors = [*self.root.parameters(), *self.root.buffers()]
+        return Counter(storage_key(tensor) for tensor in tensors if storage_address(tensor) is not None)
 
     def _install_outer(self, owns_root: bool) -> list[nn.Module]:
         inside = {id(module) for unit in self.units for module in unit.module.modules()}
@@ -211,8 +216,8 @@ class Engine:
     def _prepare(self, unit: Unit) -> None:
         if not self._is_in_step and graph_task_id() == -1:
             unit.stamp = None  # outside steps anything may have written to the host since
-        if graph_task_id() == -1 and not unit.is_current():
-            self._rescan(unit)
+            if not unit.is_current():
+                self._rescan(unit)
 
     def _follow(self, use: Action, unit: Unit) -> None:
         if self._is_in_step:
@@ -324,8 +329,11 @@ class Engine:
     def _begin(self, mode: str, is_undisturbed: bool) -> None:
         self.recover()
         self.follower.end()
-        for unit in self.catalog.take_stale_units():
-            self._rescan(unit)
+        promoted = self.catalog.take_stale_units()
+        for unit in self.units:
+            # Only between steps: a graph may hold tokens of this scan, and functional_call changes modules for a call.
+            if unit in promoted or not unit.is_current():
+                self._rescan(unit)
         if not is_undisturbed:
             self.invalidate()
         self.catalog.survey()
@@ -413,7 +421,14 @@ class Engine:
         return self.saved.saving()
 
     def read_outside(self, tensor: Tensor, function: str) -> Tensor:
-        return self.catalog.operand(tensor, function)
+        streamed = self.catalog.unit_of_host(tensor)
+        if streamed is None:
+            return self.catalog.operand(tensor)
+        unit, index = streamed
+        with self._lock:
+            self.catalog.promote(unit, tensor, function)
+            self.residency.require(unit)
+        return unit.twin(index)
 
     def may_be_written(self, tensor: Tensor) -> None:
         if self.catalog.unit_of_host(tensor) is not None or self.catalog.is_anchor(tensor):

@@ -99,18 +99,25 @@ class Residency:
         slot = unit.slot = self.slots.take(unit.index)
         with raw_tensors():
             self._move_twins(unit, slot)
-            copies = unit.copies_to(slot)
-            for index in unit.has_own_storage:
-                copies.append(Copy(unit.twin(index).data, unit.parameters[index].data))
+            copies = unit.copies_to(slot) + self._copies_to_stashed(unit)
         after = [slot.free_after] if slot.free_after is not None else []
         unit.arrival = self.last_copy = self.lanes.h2d(copies, after=after, label=Label("P", unit.index, unit.name))
         unit.stamp = unit.current_stamp(self.epoch)
         unit.versions = unit.twin_versions()
+        unit.host_versions = [host._version for host in unit.parameters]
         self.num_loads += 1
+
+    def _copies_to_stashed(self, unit: Unit) -> list[Copy]:
+        """What to copy into twins that own their memory; graphs that hold one see a new version, as in the plain run."""
+        for index in unit.has_own_storage:
+            if unit.parameters[index]._version != unit.host_versions[index]:
+                torch.autograd.graph.increment_version(unit.twin(index))
+        return [Copy(unit.twin(index).data, unit.parameters[index].data) for index in sorted(unit.has_own_storage)]
 
     def _move_twins(self, unit: Unit, slot: Slot) -> None:
         if (previous := self._last_slot.get(unit.index)) is not None:
             previous.num_twins -= unit.num_slot_twins()
+        unit.reclaim_twins()
         unit.point_twins_at(slot)
         slot.num_twins += unit.num_slot_twins()
         self._last_slot[unit.index] = slot

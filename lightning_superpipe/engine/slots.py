@@ -7,10 +7,11 @@ import random
 import torch
 from torch import Tensor
 
+from lightning_superpipe.engine.backend import storage_address
 from lightning_superpipe.engine.lanes import Event
 from lightning_superpipe.errors import PlanError
 
-__all__ = ["ALIGNMENT", "Slot", "SlotPool", "storage_use_count"]
+__all__ = ["ALIGNMENT", "Slot", "SlotPool", "storage_key", "storage_use_count"]
 
 # Bytes. Allocators of devices give at least this, and kernels may choose their path by it; a multiple of every itemsize.
 ALIGNMENT = 256
@@ -19,6 +20,11 @@ ALIGNMENT = 256
 def storage_use_count(tensor: Tensor) -> int:
     """How many owners the tensor's storage has in C++ (tensors, views, graphs)."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Identity of the tensor's storage; two tensors share memory if their keys are equal."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 class Slot:
@@ -41,6 +47,7 @@ class Slot:
     def _replace(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.address = buffer.untyped_storage().data_ptr()
+        self._own_uses = storage_use_count(buffer)
         self._typed: dict[torch.dtype, Tensor] = {}
 
     def view(self, dtype: torch.dtype, offset: int, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
@@ -53,7 +60,7 @@ class Slot:
     @property
     def has_escaped(self) -> bool:
         """Whether anybody beside the slot and the twins still holds a view of the buffer."""
-        return storage_use_count(self.buffer) > 1 + len(self._typed) + self.num_twins
+        return storage_use_count(self.buffer) > self._own_uses + len(self._typed) + self.num_twins
 
 
 class SlotPool:
@@ -90,8 +97,10 @@ class SlotPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def at(self, address: int) -> Slot | None:
-        """The slot whose storage starts at an address; None if that is no slot."""
+    def of(self, tensor: Tensor) -> Slot | None:
+        """The slot that a tensor lies in; None for all other tensors."""
+        if tensor.device.type != self.device.type or (address := storage_address(tensor)) is None:
+            return None
         return self._by_address.get(address)
 
     def take(self, unit: int) -> Slot:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.backend import raw_tensors, storage_address
 from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.unit import Unit
 
@@ -122,11 +122,9 @@ class SavedTensors:
 
     def _pack(self, tensor: Tensor) -> Any:
         host = self._host()
-        if host is None or type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        if host is None:
             return tensor
-        if tensor.device.type != self._device.type:
-            return tensor
-        slot = host.slots.at(tensor.untyped_storage().data_ptr())
+        slot = host.slots.of(tensor)
         if slot is None:
             return self._cast_token(host, tensor) or tensor
         assert slot.tenant is not None, "a tensor of an empty slot was saved"
@@ -137,6 +135,8 @@ class SavedTensors:
 
     def _cast_token(self, host: TokenHost, tensor: Tensor) -> Token | None:
         """Recognise a view of a twin that autocast has converted: keeping it would keep the model on the device."""
+        if tensor.device.type != self._device.type or storage_address(tensor) is None:
+            return None
         node = tensor.grad_fn
         while node is not None and node.name() in _VIEW_NODES:
             node = node.next_functions[0][0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Copy, Event
-from lightning_superpipe.engine.slots import ALIGNMENT, Slot
+from lightning_superpipe.engine.slots import ALIGNMENT, Slot, storage_key, storage_use_count
 from lightning_superpipe.partition import is_streamable
 from lightning_superpipe.tiers import Slab, Tier
 
@@ -88,6 +88,8 @@ class Unit:
         self.offsets, self.num_bytes = lay_out(self.parameters)
         self.twins = [None] * len(self.parameters)
         self._base_references = [0] * len(self.parameters)
+        self.versions: list[int] = []
+        self.host_versions: list[int] = []
         self.has_own_storage: set[int] = set()
         self.rnns = [module for module in self.module.modules() if isinstance(module, nn.RNNBase)]
         owners = [] if hasattr(self.module, "_orig_mod") else [site.module for site in sites]
@@ -108,14 +110,20 @@ class Unit:
 
     # -- host bytes
 
-    def adopt(self, tier: Tier) -> None:
+    def adopt(self, tier: Tier, owners: Mapping[int, int]) -> None:
         """Move the host parameters' bytes into one slab of the tier, so that a unit travels as one copy.
 
-        The parameter objects stay; only where their bytes lie changes.
+        The parameter objects stay; only where their bytes lie changes. Memory that somebody beside the model holds (a
+        callback's copy made with ``p.data = q.data``) stays where it is: the two must go on changing together.
+
+        Args:
+            owners: of each storage in the model, how many of the model's tensors share it.
         """
         self._slab = tier.allocate(self.num_bytes)
         with raw_tensors():
             for parameter, offset in zip(self.parameters, self.offsets, strict=True):
+                if storage_use_count(parameter) > owners.get(storage_key(parameter), 0) + 1:
+                    continue
                 home = self._slab.carve(offset, parameter.data)
                 home.copy_(parameter.data)
                 parameter.data = home
@@ -208,15 +216,31 @@ class Unit:
                 rnn.__dict__["_flat_weights"] = [getattr(rnn, name, None) for name in rnn._flat_weights_names]
 
     def stashed_twins(self) -> list[int]:
-        """Twins that somebody outside still holds as objects (``ctx.w = w``, ``cache.append(self.w)``)."""
-        found = []
-        for index in range(len(self.twins)):
-            if self.twins[index] is None or index in self.has_own_storage:
-                continue
-            extra = sys.getrefcount(self.twins[index]) - self._base_references[index]
-            if extra > 0 and extra > (_graph_reference() if self.twins[index]._use_count() > 1 else 0):  # type: ignore[union-attr]
-                found.append(index)
-        return found
+        """Twins in a slot that somebody outside still holds as objects (``ctx.w = w``, ``cache.append(self.w)``)."""
+        return [
+            index
+            for index in range(len(self.twins))
+            if index not in self.has_own_storage and self._foreign_references(index) > 0
+        ]
+
+    def reclaim_twins(self) -> None:
+        """Let twins that nobody holds any more, graphs included, go back to slots."""
+        for index in list(self.has_own_storage):
+            if self._extra_references(index) == 0:
+                self.has_own_storage.discard(index)
+
+    def _extra_references(self, index: int) -> int:
+        if self.twins[index] is None:
+            return 0
+        return sys.getrefcount(self.twins[index]) - self._base_references[index]
+
+    def _foreign_references(self, index: int) -> int:
+        extra = self._extra_references(index)
+        if extra <= 0:
+            return 0
+        twin = self.twins[index]
+        assert twin is not None
+        return extra - (_graph_reference() if twin._use_count() > 1 else 0)
 
 
 @cache

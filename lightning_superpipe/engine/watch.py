@@ -78,8 +78,19 @@ class TrainWatch(TorchFunctionMode):
             elif attribute in _VIEW_GETTERS:
                 args = (host.read_outside(args[0], attribute), *args[1:])
         elif name not in ("__set__", "__delete__") and name not in _METADATA:
-            args, kwargs = (_substituted(host, values, name) for values in (args, kwargs))
+            args, kwargs = self._operands(host, name, args, kwargs)
         return func(*args, **kwargs)
+
+    def _operands(
+        self, host: WatchHost, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what an operation must get for its operands."""
+        if name.endswith("_") and not name.endswith("__"):  # in place: an optimizer, or the user, writes on the host
+            for tensor in _tensors(args[:1]):
+                host.may_be_written(tensor)
+        elif torch.is_grad_enabled() or (host.is_separate and _mixes_devices(host.device, args, kwargs)):
+            return _substituted(host, args, name), _substituted(host, kwargs, name)
+        return args, kwargs
 
     def _differentiate(self, host: WatchHost, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a backward pass: with twins for host parameters, and back in order if it raises."""
@@ -113,8 +124,7 @@ class EvalWatch(TorchDispatchMode):
         host, kwargs = self._host(), kwargs or {}
         if host is None or getattr(func, "is_view", False) or func in _COPIES:
             return func(*args, **kwargs)
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(leaf.device.type == host.device.type for leaf in leaves) and any(_is_on_host(leaf) for leaf in leaves):
+        if _mixes_devices(host.device, args, kwargs):
             args, kwargs = tree_map_only(Tensor, lambda tensor: self._replaced(host, tensor, str(func)), (args, kwargs))
         return func(*args, **kwargs)
 
@@ -157,6 +167,16 @@ def _top(stack: list[Any]) -> Any:
 
 def _is_on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dim() > 0 and type(tensor) in (Tensor, nn.Parameter)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _mixes_devices(device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation has operands on the device and on the host."""
+    tensors = _tensors((args, kwargs))
+    return any(tensor.device.type == device.type for tensor in tensors) and any(map(_is_on_host, tensors))
 
 
 def _as_sequence(tensors: Any) -> Sequence[Tensor]:

@@ -141,9 +141,7 @@ class Report:
 
     def __str__(self) -> str:
         """Return the report as plain text, at most 100 columns."""
-        console = Console(
-            file=StringIO(), width=_TABLE_WIDTH, color_system=None, force_terminal=False, force_jupyter=False
-        )
+        console = Console(file=StringIO(), width=_TABLE_WIDTH, color_system=None, force_jupyter=False)
         with console.capture() as capture:
             console.print(self)
         return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())

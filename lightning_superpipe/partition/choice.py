@@ -58,9 +58,7 @@ def can_be_unit(module: nn.Module) -> bool:
 
 
 def choose_modules(root: nn.Module, choice: UnitChoice) -> frozenset[int]:
-    """Return the ids of the modules that the user made units: the outermost that match, none if ``choice`` is None.
-
-    A match inside an opaque module counts for the opaque module, which cannot be split.
+    """Return the ids of the modules that match, none if ``choice`` is None; one may lie inside another.
 
     Raises:
         PartitionError: an entry matches nothing that could be a unit, or is neither text nor callable.
@@ -75,9 +73,7 @@ def choose_modules(root: nn.Module, choice: UnitChoice) -> frozenset[int]:
         if not usable:
             raise PartitionError(_why_nothing(wish, root, inner, len(matches)))
         matched |= usable
-    chosen: set[int] = set()
-    _outermost(root, matched, chosen)
-    return frozenset(chosen)
+    return frozenset(matched)
 
 
 class _Wish(NamedTuple):
@@ -130,12 +126,3 @@ def _why_nothing(wish: _Wish, root: nn.Module, inner: Sequence[tuple[str, nn.Mod
         return f"{start}: did you mean {' or '.join(map(repr, near))}?"
     rest = f" and {len(known) - _MAX_LISTED} more" if len(known) > _MAX_LISTED else ""
     return f"{start}. Classes and names here: {', '.join(known[:_MAX_LISTED])}{rest}."
-
-
-def _outermost(module: nn.Module, matched: set[int], chosen: set[int]) -> None:
-    """Add to ``chosen`` the outermost matches below the module."""
-    for child in module.children():
-        if id(child) in matched or (is_opaque(child) and any(id(inner) in matched for inner in child.modules())):
-            chosen.add(id(child))
-        else:
-            _outermost(child, matched, chosen)

@@ -9,7 +9,8 @@
    none is one unit, split into its children while it is larger than the largest block and an eighth of the model,
    since every slot is as large as the largest unit.
 
-Modules that the user chose are units; the same walk goes around them.
+Modules that the user chose, the outermost of them, are units; the same walk goes around them. A choice inside an
+opaque module takes that module.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ class _Tree:
     """A module tree with its sizes and repetitions, each found once.
 
     Attributes:
-        chosen: ids of the modules that the user made units.
+        chosen: ids of the modules that match the user's choice.
     """
 
     def __init__(self, chosen: frozenset[int]) -> None:

@@ -59,7 +59,7 @@ class UnitTable:
     @property
     def largest(self) -> UnitRow:
         """The largest unit: every slot is as large."""
-        return max(self._units, key=lambda row: row.num_bytes)
+        return max(self._units, key=lambda row: row.num_bytes, default=UnitRow("none", 0, 0, _UNIT))
 
     @property
     def streamed_bytes(self) -> int:
@@ -85,6 +85,11 @@ class UnitTable:
     def _units(self) -> list[UnitRow]:
         return [row for row in self.rows if row.role == _UNIT]
 
+    @property
+    def _slots(self) -> int:
+        """Slots that would be allocated; two if k is not known, the fewest that let copies overlap with compute."""
+        return min(self.k or 2, len(self._units))
+
     def __str__(self) -> str:
         table = Table(box=box.SIMPLE_HEAD)
         table.add_column("name", no_wrap=True)
@@ -94,7 +99,7 @@ class UnitTable:
         for row in self.rows:
             table.add_row(row.name, f"{row.num_parameters:,}", _size(row.num_bytes), row.role)
         # Far wider than any table: names are for copying into `units=`, so none may be folded or cut.
-        console = Console(file=io.StringIO(), width=10_000, color_system=None, markup=False)
+        console = Console(file=io.StringIO(), width=10_000, color_system=None, markup=False, force_jupyter=False)
         with console.capture() as capture:
             console.print(table)
         lines = [line.rstrip() for line in capture.get().splitlines()]
@@ -111,21 +116,19 @@ class UnitTable:
         )
 
     def _window(self) -> str:
-        k = "k" if self.k is None else str(self.k)
-        total = max(self.streamed_bytes + self.anchor_bytes, 1)
-        text = f"Largest unit {self.largest.name!r}: k x largest / total = {k} x {self.largest.num_bytes / total:.1%}"
-        return text + ("" if self.k is None else f" = {self.k * self.largest.num_bytes / total:.1%}")
+        share = self.largest.num_bytes / max(self.streamed_bytes + self.anchor_bytes, 1)
+        window = f"k x {share:.1%}" if self.k is None else f"{self._slots} x {share:.1%} = {self._slots * share:.1%}"
+        return f"Largest unit {self.largest.name!r}: k x largest / total = {window}"
 
     def _hints(self) -> Iterator[str]:
         """Say when the window would hold as much as the whole model."""
-        slots = min(self.k or 2, len(self._units))
-        needed = slots * self.largest.num_bytes + self.anchor_bytes
+        needed = self._slots * self.largest.num_bytes + self.anchor_bytes
         total = self.streamed_bytes + self.anchor_bytes
         if needed >= total:
-            smaller = ", or a smaller k" if slots > 2 else ""
+            smaller = ", or a smaller k" if self._slots > 2 else ""
             yield (
-                f"Streaming cannot pay: {slots} slots of this size and the anchors take {_size(needed)}, all "
-                f"parameters together {_size(total)}. Name smaller units (units=...){smaller}."
+                f"Streaming cannot pay: {_count(self._slots, 'slot')} of this size and the anchors take "
+                f"{_size(needed)}, all parameters together {_size(total)}. Name smaller units (units=...){smaller}."
             )
 
 

@@ -1,0 +1,1 @@
+"""Configuration groups as YAML; installed as ``lightning_superpipe.configs``."""

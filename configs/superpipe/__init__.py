@@ -1,0 +1,1 @@
+"""The options of SuperpipeConfig; ``default.yaml`` holds every one with its default."""

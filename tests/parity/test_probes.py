@@ -1,0 +1,56 @@
+"""Every probe leaves what the ordinary run leaves, on every device, through several windows."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.parity import (
+    cases_autograd,
+    cases_checkpointing,
+    cases_compiled,
+    cases_escape,
+    cases_lifetime,
+    cases_loop,
+    cases_modules,
+    cases_optimizers,
+    cases_parameters,
+    cases_reads,
+)
+from tests.parity.harness import Window, assert_equal, placements, run_plain, run_streamed
+from tests.parity.probe import CASES, Device, ParityCase
+
+# Importing a file of cases registers its probes.
+__all__ = [
+    "cases_autograd",
+    "cases_checkpointing",
+    "cases_compiled",
+    "cases_escape",
+    "cases_lifetime",
+    "cases_loop",
+    "cases_modules",
+    "cases_optimizers",
+    "cases_parameters",
+    "cases_reads",
+]
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_device")]
+
+WINDOWS = (Window(2, 1), Window(3, 2, max_delay_ms=1.0))
+
+
+EXACT = [case for case in CASES.values() if not case.inherent]
+INHERENT = [case for case in CASES.values() if case.inherent]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(("case", "device"), placements(EXACT))
+def test_probe_equals_the_ordinary_run(case: ParityCase, device: Device, window: Window) -> None:
+    assert_equal(run_plain(case, device), run_streamed(case, device, window))
+
+
+@pytest.mark.parametrize(("case", "device"), placements(INHERENT))
+def test_documented_difference_changes_no_number(case: ParityCase, device: Device) -> None:
+    reference, candidate = run_plain(case, device), run_streamed(case, device, WINDOWS[0])
+    assert_equal(reference, candidate, ignore_extra=True)
+    with pytest.raises(AssertionError, match="extra"):
+        assert_equal(reference, candidate)

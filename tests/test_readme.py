@@ -1,0 +1,68 @@
+"""What the README shows runs, and prints what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")]
+README = (ROOT / "README.md").read_text()
+SECONDS = 240  # for one block, on two busy cores
+
+# `<!-- run -->` above a python block: it is executed. A text block that follows is what it prints.
+BLOCK = re.compile(r"(<!-- run -->\n)?```python\n(.*?)```\n(?:\n?```text\n(.*?)```\n)?", re.DOTALL)
+
+
+class Block(NamedTuple):
+    """One python block of the README."""
+
+    line: int
+    code: str
+    runs: bool
+    output: str | None
+
+
+BLOCKS = [
+    Block(README.count("\n", 0, found.start(2)) + 1, found[2], found[1] is not None, found[3])
+    for found in BLOCK.finditer(README)
+]
+
+
+def test_the_readme_has_blocks_to_run() -> None:
+    assert README.count("<!-- run -->") == sum(block.runs for block in BLOCKS) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 30)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.runs], ids=lambda block: f"line{block.line}")
+def test_a_python_block_runs_and_prints_what_it_says(block: Block, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", block.code]
+    ran = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    if block.output is not None:
+        assert ran.stdout == block.output
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line{block.line}")
+def test_every_python_block_is_python(block: Block) -> None:
+    assert compile(block.code, f"README.md:{block.line}", "exec") is not None
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_make_target_and_file_that_a_document_names_exists(document: Path) -> None:
+    text = document.read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE))
+    files = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+    assert named <= targets
+    assert [name for name in files if not (document.parent / name).exists()] == []
