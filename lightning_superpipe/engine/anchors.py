@@ -93,8 +93,16 @@ class Anchors:
         elif copy.stamp != self._stamp(parameter) or copy.twin._version != copy.twin_version:
             self._refresh(copy)
         if copy.twin.requires_grad != parameter.requires_grad:
-            copy.twin.requires_grad_(parameter.requires_grad)
+            with raw_tensors():
+                copy.twin.requires_grad_(parameter.requires_grad)
         return copy.twin
+
+    def bring_home(self, tensor: Tensor) -> None:
+        """The user has written to the device copy of a host tensor: parameters go home now, buffers at a flush."""
+        if (parameter := self._twins.get(id(tensor))) is not None:
+            self._refresh(parameter)
+        if (buffer := self._buffers.get(id(tensor))) is not None:
+            buffer.is_dirty = True
 
     def invalidate(self) -> None:
         """Copy every anchor afresh at its next use: writes through ``.data`` leave no other trace."""

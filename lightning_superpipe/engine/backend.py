@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["graph_task_id", "is_separate", "raw_tensors", "storage_address"]
+__all__ = ["graph_task_id", "hooks_are_allowed", "is_separate", "raw_tensors", "storage_address"]
 
 
 def is_separate(device: torch.device) -> bool:
@@ -21,6 +21,11 @@ def is_separate(device: torch.device) -> bool:
 def graph_task_id() -> int:
     """Number of the backward pass that the calling thread is running; -1 outside backward."""
     return torch._C._current_graph_task_id()
+
+
+def hooks_are_allowed() -> bool:
+    """Whether saved-tensor hooks may be used; inside ``torch.func.grad`` and its kin they may not."""
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()
 
 
 def storage_address(tensor: Tensor) -> int | None:

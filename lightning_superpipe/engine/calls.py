@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_superpipe.engine.backend import graph_task_id, raw_tensors
+from lightning_superpipe.engine.backend import graph_task_id, hooks_are_allowed, raw_tensors
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.watch import pause
 from lightning_superpipe.planning import Op
@@ -53,7 +53,7 @@ class UnitOwner(_EngineOwner):
             return forward(*args, **kwargs)  # a module inside a unit that runs already
         if torch._C._get_tracing_state() is not None:
             return engine.call_at_home(unit, forward, args, kwargs)  # a trace must see the parameters themselves
-        if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        if not hooks_are_allowed():
             return engine.call_transformed(unit, forward, args, kwargs)
         if engine.is_separate and not unit.num_active:
             args, kwargs = engine.aligned(args), engine.aligned(kwargs)

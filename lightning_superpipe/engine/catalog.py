@@ -72,6 +72,10 @@ class Catalog:
         """Whether a tensor is an anchor's host parameter."""
         return id(tensor) in self._anchors.reasons and tensor.device.type == "cpu"
 
+    def is_buffer(self, value: object) -> bool:
+        """Whether a value is a host buffer of the module."""
+        return id(value) in self._buffers
+
     # -- reads and writes outside units
 
     def survey(self) -> None:

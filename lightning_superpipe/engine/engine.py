@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
-from lightning_superpipe.engine.backend import graph_task_id, is_separate, raw_tensors, storage_address
+from lightning_superpipe.engine.backend import graph_task_id, hooks_are_allowed, is_separate, raw_tensors, storage_address
 from lightning_superpipe.engine.calls import OuterOwner, UnitOwner
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.follower import TRAIN, Follower
@@ -112,16 +112,23 @@ class Engine:
     # -- installation
 
     def _install(self, unit: Unit) -> None:
-        unit.adopt(self._tier, self._storage_owners())
+        unit.reserve(self._tier)
+        self._adopt([unit])
         self.gradients.add_group(unit.parameters)
         self.catalog.add(unit)
         owner = UnitOwner(self, unit)
         for module in unit.members.values():
             swap_in(module, owner)
 
-    def _storage_owners(self) -> Counter[int]:
-        tensors = [*self.root.parameters(), *self.root.buffers()]
-        return Counter(storage_key(tensor) for tensor in tensors if storage_address(tensor) is not None)
+    def _adopt(self, units: Sequence[Unit]) -> None:
+        """Bring host bytes into the store, where they are not yet."""
+        straying = [unit for unit in units if unit.strays()]
+        owners = None
+        if straying and not self.is_separate:
+            tensors = [*self.root.parameters(), *self.root.buffers()]
+            owners = Counter(storage_key(tensor) for tensor in tensors if storage_address(tensor) is not None)
+        for unit in straying:
+            unit.adopt(owners)
 
     def _install_outer(self, owns_root: bool) -> list[nn.Module]:
         inside = {id(module) for unit in self.units for module in unit.module.modules()}
@@ -132,6 +139,7 @@ class Engine:
             and (owns_root or module is not self.root)
             and not isinstance(module, torch.jit.ScriptModule)
             and not hasattr(module, "_orig_mod")
+            and not hasattr(module, "add_state")  # metrics move their state themselves
         ]
         for module in outer:
             swap_in(module, OuterOwner(self, module))
@@ -182,8 +190,9 @@ class Engine:
             engine.enlist_graph()
             engine.gradients.ship(host, gradient, label)
 
-        twin.requires_grad_(True)  # hooks need it; the unit sets it as the host's at each load
-        twin.register_post_accumulate_grad_hook(ship)
+        with raw_tensors():
+            twin.requires_grad_(True)  # hooks need it; the host's own value is set at each use
+            twin.register_post_accumulate_grad_hook(ship)
 
     # -- uses
 
@@ -334,6 +343,7 @@ class Engine:
             # Only between steps: a graph may hold tokens of this scan, and functional_call changes modules for a call.
             if unit in promoted or not unit.is_current():
                 self._rescan(unit)
+        self._adopt(self.units)
         if not is_undisturbed:
             self.invalidate()
         self.catalog.survey()
@@ -425,10 +435,21 @@ class Engine:
         if streamed is None:
             return self.catalog.operand(tensor)
         unit, index = streamed
+        self.catalog.promote(unit, tensor, function)
+        if not hooks_are_allowed():
+            return self.catalog.operand(tensor)
         with self._lock:
-            self.catalog.promote(unit, tensor, function)
             self.residency.require(unit)
         return unit.twin(index)
+
+    def is_buffer(self, value: object) -> bool:
+        return self.is_separate and self.catalog.is_buffer(value)
+
+    def bring_home(self, tensor: Tensor) -> None:
+        streamed = self.catalog.unit_of_host(tensor)
+        if streamed is not None:
+            self.residency.copy_back(streamed[0])
+        self.anchors.bring_home(tensor)
 
     def may_be_written(self, tensor: Tensor) -> None:
         if self.catalog.unit_of_host(tensor) is not None or self.catalog.is_anchor(tensor):

@@ -75,10 +75,9 @@ def _streamed_class(base: type[nn.Module]) -> type[nn.Module]:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         return _reduce_as(base, self, super(swapped, self).__reduce_ex__(protocol))
 
-    def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         kept = fn if owner_of(self) is None else _keeping_device(fn)
-        result: nn.Module = super(swapped, self)._apply(kept, recurse)  # type: ignore[misc]
-        return result
+        return super(swapped, self)._apply(kept, *args, **kwargs)  # type: ignore[misc]
 
     namespace: dict[str, Any] = {
         "__module__": base.__module__,

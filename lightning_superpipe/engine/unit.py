@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -91,6 +91,7 @@ class Unit:
         self.versions: list[int] = []
         self.host_versions: list[int] = []
         self.has_own_storage: set[int] = set()
+        self._derived = list(_derived_attributes(self.module))
         self.rnns = [module for module in self.module.modules() if isinstance(module, nn.RNNBase)]
         owners = [] if hasattr(self.module, "_orig_mod") else [site.module for site in sites]
         self.members = {id(module): module for module in [self.module, *owners]}
@@ -110,37 +111,45 @@ class Unit:
 
     # -- host bytes
 
-    def adopt(self, tier: Tier, owners: Mapping[int, int]) -> None:
-        """Move the host parameters' bytes into one slab of the tier, so that a unit travels as one copy.
+    def reserve(self, tier: Tier) -> None:
+        """Take memory for the host bytes, so that a unit travels as one copy."""
+        self._slab = tier.allocate(self.num_bytes)
 
-        The parameter objects stay; only where their bytes lie changes. Memory that somebody beside the model holds (a
-        callback's copy made with ``p.data = q.data``) stays where it is: the two must go on changing together.
+    def strays(self) -> list[int]:
+        """Parameters whose bytes are not in the unit's slab: at first all, later those with a new ``p.data``."""
+        assert self._slab is not None, "reserve() comes first"
+        base = self._slab.bytes.data_ptr()
+        return [
+            index
+            for index, (parameter, offset) in enumerate(zip(self.parameters, self.offsets, strict=True))
+            if parameter.numel() and parameter.data_ptr() != base + offset
+        ]
+
+    def adopt(self, owners: Mapping[int, int] | None) -> None:
+        """Move the bytes of stray host parameters into the slab; the parameter objects stay.
 
         Args:
-            owners: of each storage in the model, how many of the model's tensors share it.
+            owners: of each storage in the model, how many of the model's tensors share it. Memory with more owners is
+                left where it is: somebody's ``p.data = q.data`` means that the two change together. None: move all, as
+                ``.to(device)`` would have parted them too.
         """
-        self._slab = tier.allocate(self.num_bytes)
+        assert self._slab is not None, "reserve() comes first"
         with raw_tensors():
-            for parameter, offset in zip(self.parameters, self.offsets, strict=True):
-                if storage_use_count(parameter) > owners.get(storage_key(parameter), 0) + 1:
+            for index in self.strays():
+                parameter = self.parameters[index]
+                if owners is not None and storage_use_count(parameter) > owners.get(storage_key(parameter), 0) + 1:
                     continue
-                home = self._slab.carve(offset, parameter.data)
+                home = self._slab.carve(self.offsets[index], parameter.data)
                 home.copy_(parameter.data)
                 parameter.data = home
 
     def copies_to(self, slot: Slot) -> list[Copy]:
-        """What to copy into a slot: the slab at once, and whatever a user has put elsewhere since, piece by piece."""
-        base = self._slab.bytes.data_ptr() if self._slab is not None else 0
-        strays = [
-            index
-            for index, (parameter, offset) in enumerate(zip(self.parameters, self.offsets, strict=True))
-            if parameter.numel() and (self._slab is None or parameter.data_ptr() != base + offset)
-        ]
-        copies = []
-        if self._slab is not None and len(strays) < len(self.parameters):
-            copies.append(Copy(slot.buffer[: self.num_bytes], self._slab.bytes))
-        for index in strays:
-            copies.append(Copy(self.view(slot, index), self.parameters[index].data))
+        """What to copy into a slot: the slab at once, and strays piece by piece."""
+        assert self._slab is not None, "reserve() comes first"
+        strays = self.strays()
+        copies = [Copy(self.view(slot, index), self.parameters[index].data) for index in strays]
+        if len(strays) < len(self.parameters):
+            copies.insert(0, Copy(slot.buffer[: self.num_bytes], self._slab.bytes))
         return copies
 
     def current_stamp(self, epoch: int) -> tuple[object, ...]:
@@ -206,6 +215,11 @@ class Unit:
         for site in self.anchor_sites:
             if host_of(site.module._parameters.get(site.name)) is site.parameter:
                 site.put(site.parameter)
+        for module, name in self._derived:
+            held = module.__dict__.get(name)
+            if isinstance(held, Tensor) and held.device.type != "cpu":
+                with raw_tensors():
+                    module.__dict__[name] = held.to("cpu")
         self._flatten_rnns()
         self.is_bound = False
 
@@ -268,6 +282,18 @@ def lay_out(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
 def slot_bytes_of(module: nn.Module, anchors: Container[int]) -> int:
     """Bytes of the slot that a module needs as a unit."""
     return lay_out([p for p in module.parameters() if id(p) not in anchors and is_streamable(p)])[1]
+
+
+def _derived_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Plain tensors that a pre-forward hook makes of parameters (pruning, weight norm of the older kind).
+
+    They belong beside the parameters: pruning reads them between steps, together with masks on the host.
+    """
+    for inner in module.modules():
+        for hook in inner._forward_pre_hooks.values():
+            name = getattr(hook, "_tensor_name", getattr(hook, "name", None))
+            if isinstance(name, str) and isinstance(inner.__dict__.get(name), Tensor):
+                yield inner, name
 
 
 def _signature(sites: list[Site]) -> list[tuple[int, str, int]]:

@@ -39,6 +39,12 @@ class WatchHost(Protocol):
     def read_outside(self, tensor: Tensor, function: str) -> Tensor:
         """Note that a tensor is an operand outside any unit; return what the operation must get instead."""
 
+    def is_buffer(self, value: object) -> bool:
+        """Whether a value is a host buffer that has a device copy."""
+
+    def bring_home(self, tensor: Tensor) -> None:
+        """An in-place operation has written to the device copy of a host tensor."""
+
     def may_be_written(self, tensor: Tensor) -> None:
         """Note that user code takes an alias through which it may write."""
 
@@ -78,19 +84,28 @@ class TrainWatch(TorchFunctionMode):
             elif attribute in _VIEW_GETTERS:
                 args = (host.read_outside(args[0], attribute), *args[1:])
         elif name not in ("__set__", "__delete__") and name not in _METADATA:
-            args, kwargs = self._operands(host, name, args, kwargs)
+            return self._operate(host, func, name, args, kwargs)
         return func(*args, **kwargs)
 
-    def _operands(
-        self, host: WatchHost, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what an operation must get for its operands."""
-        if name.endswith("_") and not name.endswith("__"):  # in place: an optimizer, or the user, writes on the host
-            for tensor in _tensors(args[:1]):
+    def _operate(self, host: WatchHost, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation with what it must get for its operands."""
+        in_place = name.endswith("_") and not name.endswith("__")
+        mixes = host.is_separate and _mixes_devices(host.device, args, kwargs)
+        if in_place and not mixes and not any(map(host.is_buffer, args[:1])):
+            for tensor in _tensors(args[:1]):  # an optimizer, or the user, writes on the host
                 host.may_be_written(tensor)
-        elif torch.is_grad_enabled() or (host.is_separate and _mixes_devices(host.device, args, kwargs)):
-            return _substituted(host, args, name), _substituted(host, kwargs, name)
-        return args, kwargs
+            return func(*args, **kwargs)
+        if not (mixes or in_place or torch.is_grad_enabled()):
+            return func(*args, **kwargs)
+        given = (args, kwargs)
+        args, kwargs = _substituted(host, args, name), _substituted(host, kwargs, name)
+        if args is given[0] and kwargs is given[1]:
+            return func(*args, **kwargs)
+        with host.saving():  # what is saved of a twin must become a token here too
+            result = func(*args, **kwargs)
+        if in_place:
+            host.bring_home(given[0][0])
+        return result
 
     def _differentiate(self, host: WatchHost, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a backward pass: with twins for host parameters, and back in order if it raises."""
@@ -192,5 +207,6 @@ def _substituted(host: WatchHost, values: Any, function: str) -> Any:
         same = all(new is old for new, old in zip(replaced, values, strict=True))
         return values if same else type(values)(replaced)
     if type(values) is dict:
-        return {key: _substituted(host, value, function) for key, value in values.items()}
+        new = {key: _substituted(host, value, function) for key, value in values.items()}
+        return values if all(new[key] is values[key] for key in values) else new
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections import deque
@@ -126,7 +127,8 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
             names, _ = value.__tensor_flatten__()
             yield from _storages([getattr(value, name) for name in names])
         elif isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            yield value.untyped_storage()
+            with contextlib.suppress(NotImplementedError):  # inside torch.func a wrapper has none
+                yield value.untyped_storage()
 
 
 def _key(storage: torch.UntypedStorage) -> int:

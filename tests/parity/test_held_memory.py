@@ -44,6 +44,13 @@ class Held(ProbeModule):
         return []
 
 
+class MovedByUser(Held):
+    """Asks for all weights on the device."""
+
+    def on_train_start(self) -> None:
+        self.to(self.device)
+
+
 class ManyRows(Held):
     """So many rows that activations are most of the memory."""
 
@@ -110,11 +117,12 @@ def held_bytes(kind: type[Held], *, stream: bool = True) -> int:
     return max(module.held_bytes) - base
 
 
-def test_autograd_holds_no_weight_after_forward() -> None:
+@pytest.mark.parametrize("kind", [Held, MovedByUser])
+def test_window_is_all_that_is_held_after_forward(kind: type[Held]) -> None:
     unit_bytes = sum(parameter.nbytes for parameter in Block(Held.width).parameters())
-    held = held_bytes(Held)
+    held = held_bytes(kind)
     assert held < (WINDOW.k + 0.5) * unit_bytes, f"{held / unit_bytes:.1f} units are held after forward"
-    assert held_bytes(Held, stream=False) > NUM_BLOCKS * unit_bytes
+    assert held_bytes(kind, stream=False) > NUM_BLOCKS * unit_bytes
 
 
 @pytest.mark.parametrize("kind", [Checkpointed, CheckpointedTogether, CheckpointedInside, SavedOnHost])
