@@ -23,11 +23,12 @@ from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarnin
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.optimizer import FusedChoice, sparsely_differentiated
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import MemoryNeed, choose_k
 from lightning_superpipe.tiers import HostTier
 
-__all__ = ["Session"]
+__all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated"]
 
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 
@@ -127,7 +128,7 @@ class Session:
                 k_prime=self.k_prime,
                 device=str(self.device),
                 emulated=self.is_emulated,
-                resident_bytes=self._resident_bytes(),
+                resident_bytes=sum(self._training_state()),
                 budget_bytes=self._budget,
             )
 
@@ -229,7 +230,9 @@ class Session:
         parameters = [p for p in self._root.parameters() if not nn.parameter.is_lazy(p)]
         weights = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in self._root.buffers())
         gradients = sum(p.nbytes for p in parameters if p.requires_grad) if self._num_steps else 0
-        states = (value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state))
+        states = (
+            value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state)
+        )
         return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
 
 

@@ -1,41 +1,49 @@
-"""What a Lightning trainer may and may not be combined with."""
+"""What a Lightning trainer may and may not be combined with, and what its user should know."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
-from lightning_superpipe.errors import SuperpipeWarning, UnsupportedError
+from humanize import naturalsize
 
-__all__ = ["refuse_foreign", "runs_undisturbed"]
+from lightning_superpipe.errors import SuperpipeWarning, UnsupportedError
+from lightning_superpipe.session import Session
+
+__all__ = ["refuse_foreign", "remarks", "runs_undisturbed"]
 
 _NAMESPACES = ("lightning", "pytorch_lightning")
-_WRITERS = frozenset(("WeightAveraging", "StochasticWeightAveraging", "ModelPruning", "LambdaCallback"))
+_COPIERS = frozenset(("WeightAveraging", "StochasticWeightAveraging"))
+_WRITERS = frozenset((*_COPIERS, "ModelPruning", "LambdaCallback"))
 _REFUSED_PRECISIONS = {
     "TransformerEnginePrecision": "transformer-engine replaces layers by stateful fp8 ones",
     "BitsandbytesPrecision": "bitsandbytes replaces layers by quantised ones",
+    "DeepSpeedPrecision": "it hands the update to DeepSpeed's engine",
+    "FSDPPrecision": "it drives FSDP's shards",
+    "XLAPrecision": "it drives XLA's graphs",
 }
-_HOOK_PREFIXES = ("on_",)
-_HOOKS = ("backward", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping")
+_HOOK_PREFIX = "on_"
+_HOOKS = frozenset(("backward", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step"))
+_HOOKS |= {"configure_gradient_clipping", "manual_backward"}
 
 
 def refuse_foreign(trainer: Any) -> None:
-    """Raise for plugins that cannot work with streaming; warn of those that fetch the model onto the device.
+    """Raise for plugins that cannot work with streaming; warn of callbacks that fetch the model onto the device.
 
     Raises:
-        UnsupportedError: the precision plugin replaces layers by stateful ones.
+        UnsupportedError: the precision plugin replaces layers by stateful ones, or belongs to another strategy.
     """
-    precision = type(trainer.strategy.precision_plugin).__name__
-    if precision in _REFUSED_PRECISIONS:
-        raise UnsupportedError(
-            f"{precision}: {_REFUSED_PRECISIONS[precision]}, which cannot be streamed. "
-            "Use precision='32-true', 'bf16-mixed', 'bf16-true' or '16-mixed'."
-        )
+    for name in _names(trainer.strategy.precision_plugin):
+        if name in _REFUSED_PRECISIONS:
+            raise UnsupportedError(
+                f"{name} cannot be used with superpipe: {_REFUSED_PRECISIONS[name]}. "
+                "Use precision='32-true', 'bf16-mixed', 'bf16-true', '16-mixed' or '64-true'."
+            )
     device = trainer.strategy.compute_device
     for callback in trainer.callbacks:
-        keeps_copy = any(base.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for base in type(callback).__mro__)
-        where = str(getattr(callback, "_device", None))
-        if keeps_copy and device.type != "cpu" and not where.startswith("cpu"):
+        is_at_home = str(getattr(callback, "_device", None)).startswith("cpu")
+        if device.type != "cpu" and not is_at_home and not _COPIERS.isdisjoint(_names(callback)):
             name = type(callback).__name__
             warnings.warn(
                 f"{name} keeps a full copy of the model on {device}: pass device='cpu' to it to keep the copy on the "
@@ -45,6 +53,24 @@ def refuse_foreign(trainer: Any) -> None:
             )
 
 
+def remarks(session: Session) -> Iterator[str]:
+    """Yield what users could not see otherwise: that streaming is only emulated, or that it cannot pay."""
+    units = session.units
+    slots, total = session.k * units.largest.num_bytes, units.streamed_bytes + units.anchor_bytes
+    if session.is_emulated:
+        yield (
+            f"there is no accelerator to stream to, so streaming is emulated: {session.k} units at a time are copied to "
+            f"slots in host memory ({_size(slots)}), beside the model itself ({_size(total)})"
+        )
+    if slots + units.anchor_bytes >= total:
+        anchors = f" and {_size(units.anchor_bytes)} of anchors" if units.anchor_bytes else ""
+        yield (
+            f"streaming cannot pay: {session.k} slots as large as the largest unit ({units.largest.name!r}) take "
+            f"{_size(slots)}{anchors}, all parameters together {_size(total)}; use a smaller k, or name smaller units "
+            "(units=...)"
+        )
+
+
 def runs_undisturbed(module: Any) -> bool:
     """Whether no user code that could write weights runs between two steps: no own hooks, no own callbacks.
 
@@ -52,19 +78,27 @@ def runs_undisturbed(module: Any) -> bool:
     """
     if module is None or getattr(module, "_trainer", None) is None:
         return False
-    return not _overrides_hooks(type(module)) and all(_is_harmless(callback) for callback in module.trainer.callbacks)
+    return not _overrides_hooks(module) and all(map(_is_harmless, module.trainer.callbacks))
 
 
-def _overrides_hooks(cls: type) -> bool:
-    """Whether a module's class defines hooks outside the framework."""
-    own = {name for base in cls.__mro__ if not _is_framework(base) for name in vars(base)}
-    return any(name.startswith(_HOOK_PREFIXES) or name in _HOOKS for name in own)
+def _overrides_hooks(module: Any) -> bool:
+    """Whether a module defines hooks outside the framework, in its classes or on itself."""
+    own = [vars(base) for base in type(module).__mro__ if not _is_framework(base)]
+    return any(name.startswith(_HOOK_PREFIX) or name in _HOOKS for names in (vars(module), *own) for name in names)
 
 
 def _is_harmless(callback: Any) -> bool:
-    names = {base.__name__ for base in type(callback).__mro__}
-    return _is_framework(type(callback)) and not names & _WRITERS
+    return _is_framework(type(callback)) and _WRITERS.isdisjoint(_names(callback))
+
+
+def _names(thing: Any) -> set[str]:
+    """The names of a thing's classes: both namespaces have classes of their own."""
+    return {base.__name__ for base in type(thing).__mro__}
 
 
 def _is_framework(cls: type) -> bool:
     return cls.__module__.partition(".")[0] in (*_NAMESPACES, "torch", "builtins", "abc", "typing")
+
+
+def _size(num_bytes: int) -> str:
+    return naturalsize(num_bytes, binary=True)

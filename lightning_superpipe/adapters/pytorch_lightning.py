@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.device_dtype_mixin import _update_properties
+from lightning_fabric.utilities.rank_zero import rank_zero_info
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 
+from lightning_superpipe.adapters.checkpoint import CheckpointMixin
 from lightning_superpipe.adapters.strategy import SuperpipeMixin
 
-__all__ = ["SuperpipeStrategy"]
+__all__ = ["SuperpipeCheckpointIO", "SuperpipeStrategy"]
+
+
+class SuperpipeCheckpointIO(CheckpointMixin, TorchCheckpointIO):
+    """Reads and writes ordinary checkpoint files, without a second copy in memory."""
 
 
 class SuperpipeStrategy(SuperpipeMixin, SingleDeviceStrategy):
@@ -20,10 +24,9 @@ class SuperpipeStrategy(SuperpipeMixin, SingleDeviceStrategy):
     4
     """
 
+    _checkpoint_io_class = SuperpipeCheckpointIO
     _set_device = staticmethod(_update_properties)
-
-    def _say(self, message: str) -> None:
-        rank_zero_info(message)
+    _tell = staticmethod(rank_zero_info)
 
 
 SuperpipeStrategy.register_strategies(StrategyRegistry)

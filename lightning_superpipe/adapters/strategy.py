@@ -12,19 +12,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from lightning_superpipe.adapters.checks import refuse_foreign, runs_undisturbed
+from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_undisturbed
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError, UnsupportedError
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.optimizer import choose_fused, unfused_state
-from lightning_superpipe.partition import UnitTable
-from lightning_superpipe.session import Session
+from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import SingleDeviceStrategy as _Base
+    _Base: Any
 else:
     _Base = object
 
@@ -33,7 +31,7 @@ __all__ = ["SuperpipeMixin"]
 _HOST = torch.device("cpu")
 
 
-class SuperpipeMixin(_Base):
+class SuperpipeMixin(_Base):  # type: ignore[misc]  # both namespaces' SingleDeviceStrategy, which share no class
     """A single-device strategy that streams the module.
 
     Everything of the trainer's stays: the module's parameters, gradients and optimizer states are ordinary tensors on
@@ -44,8 +42,10 @@ class SuperpipeMixin(_Base):
         options: fields of :class:`~lightning_superpipe.SuperpipeConfig`, such as ``k=4, k_prime=2``.
     """
 
-    strategy_name: ClassVar[str] = "superpipe"
+    strategy_name = "superpipe"
+    _checkpoint_io_class: ClassVar[Callable[[], Any]]
     _set_device: ClassVar[Callable[..., None]]
+    _tell: ClassVar[Callable[[str], None]]
 
     def __init__(
         self,
@@ -63,8 +63,9 @@ class SuperpipeMixin(_Base):
         self.parallel_devices = parallel_devices
         self._session: Session | None = None
         self._last_session: Session | None = None
-        self._is_setting_up = False
-        self._fused_by_us: dict[int, dict[str, Any]] = {}
+        self._fused = FusedChoice()
+        self._states_stay_home = False
+        self._said: set[str] = set()
 
     # -- what users ask
 
@@ -96,19 +97,31 @@ class SuperpipeMixin(_Base):
             raise SuperpipeError("nothing has run yet: call trainer.fit, validate, test or predict first.")
         return session
 
+    def _say(self, message: str) -> None:
+        """Tell the user something, once."""
+        if message not in self._said:
+            self._said.add(message)
+            type(self)._tell(message)
+
     # -- devices
 
     @property
     def root_device(self) -> torch.device:
-        # Optimizer states live where the parameters do; the trainer asks this property where to put them.
-        if self._is_setting_up or not self.parallel_devices:
-            return _HOST
-        return self.parallel_devices[0]
+        return _HOST if self._states_stay_home else self.compute_device
 
     @property
     def compute_device(self) -> torch.device:
         """Where the module computes."""
         return self.parallel_devices[0] if self.parallel_devices else _HOST
+
+    @contextlib.contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """The base class puts new modules and optimizer states on the root device: inside, that is the host."""
+        before, self._states_stay_home = self._states_stay_home, True
+        try:
+            yield
+        finally:
+            self._states_stay_home = before
 
     @property
     def num_nodes(self) -> int:
@@ -118,7 +131,9 @@ class SuperpipeMixin(_Base):
     @num_nodes.setter
     def num_nodes(self, value: int) -> None:
         if value != 1:
-            raise UnsupportedError(f"num_nodes={value}: superpipe streams through one device of one node. Use num_nodes=1.")
+            raise UnsupportedError(
+                f"num_nodes={value}: superpipe streams through one device of one node. Use num_nodes=1."
+            )
 
     @property
     def _layer_sync(self) -> None:
@@ -139,22 +154,19 @@ class SuperpipeMixin(_Base):
             )
         super().setup_environment()
 
-    def tensor_init_context(self, empty_init: bool | None = None) -> Any:
+    @contextlib.contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Build modules on the host: the device would have to hold all of one."""
-        stack = contextlib.ExitStack()
-        stack.enter_context(_HOST)
-        stack.enter_context(self.precision_plugin.tensor_init_context())
-        return stack
+        with contextlib.ExitStack() as stack:
+            with self._at_home():
+                stack.enter_context(super().tensor_init_context(empty_init))
+            yield
 
-    def setup(self, trainer: Trainer) -> None:
+    def setup(self, trainer: Any) -> None:
         refuse_foreign(trainer)
-        self._is_setting_up = True
-        try:
+        with self._at_home():
             super().setup(trainer)
-        finally:
-            self._is_setting_up = False
-        session = self._require_session()
-        session.attend(self.optimizers)
+        self._require_session().attend(self.optimizers)
         self._choose_fused()
 
     def model_to_device(self) -> None:
@@ -167,17 +179,16 @@ class SuperpipeMixin(_Base):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         self._close()
-        module: Any = self.lightning_module
-        trains = bool(module.trainer.training) if module is not None else True
+        trainer = getattr(self.lightning_module, "_trainer", None)
+        trains = trainer is None or bool(trainer.training)
         self._session = Session(model, self.config, self.compute_device, trains=trains)
-        self._announce()
+        if remark := "; ".join(remarks(self._session)):
+            self._say(f"superpipe: {remark}.")
         return model
-
-    def _announce(self) -> None:
-        """Say once what a user could not see otherwise."""
 
     def teardown(self) -> None:
         self._close()
+        self._fused.give_back()
         super().teardown()
 
     def _close(self) -> None:
@@ -229,7 +240,7 @@ class SuperpipeMixin(_Base):
         if self._session is not None:
             self._session.end_backward()
 
-    # -- optimizers
+    # -- optimizers and checkpoints
 
     def _choose_fused(self) -> None:
         wanted = self.config.fused_optimizer
@@ -237,40 +248,49 @@ class SuperpipeMixin(_Base):
             scales = getattr(self.precision_plugin, "scaler", None) is not None
             wanted = self.compute_device.type in ("cuda", "xpu") and not scales
         for optimizer in self.optimizers if wanted else []:
-            original = dict(optimizer.param_groups[0]) if optimizer.param_groups else {}
-            if choose_fused(optimizer):
-                self._fused_by_us[id(optimizer)] = {"fused": original.get("fused")}
+            if self._fused.choose(optimizer, sparse=sparsely_differentiated(self.model)):
                 self._say(
                     f"{type(optimizer).__name__} updates on the host with torch's fused kernel, which is 6-20 times "
                     "faster than the loop over tensors; pass fused=False to the optimizer to keep the loop."
                 )
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        state: dict[str, Any] = super().optimizer_state(optimizer)
         inner = getattr(optimizer, "_optimizer", optimizer)
-        original = self._fused_by_us.get(id(inner))
-        return state if original is None else unfused_state(state, original)
+        return self._fused.users_state(inner, super().optimizer_state(optimizer))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        # The base class would move all states to the device.
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            optimizer.load_state_dict(state)
+        self._fused.give_back()
+        with self._at_home():
+            super().load_optimizer_state_dict(checkpoint)
+        for optimizer in self.optimizers:
+            for parameter, state in optimizer.state.items():  # not left in the pages of the checkpoint's file
+                optimizer.state[parameter] = tree_map_only(Tensor, torch.clone, state)
         self._choose_fused()
+
+    @property
+    def checkpoint_io(self) -> Any:
+        # Wrapping plugins (AsyncCheckpointIO) take an inner one only where the user gave them none.
+        if self._checkpoint_io is None:
+            self._checkpoint_io = type(self)._checkpoint_io_class()
+        elif hasattr(self._checkpoint_io, "checkpoint_io"):
+            self._checkpoint_io.checkpoint_io = type(self)._checkpoint_io_class()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, plugin: Any) -> None:
+        self._checkpoint_io = plugin
 
     # -- copies
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainers are pickled and deep-copied; a session belongs to one module in one process.
-        return {**super().__getstate__(), "_session": None, "_last_session": None, "_fused_by_us": {}}
+        return {**super().__getstate__(), "_session": None, "_last_session": None, "_fused": FusedChoice()}
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
         if cls.strategy_name not in strategy_registry:
             description = "Streams layers, gradients and optimizer states between host and device memory"
             strategy_registry.register(cls.strategy_name, cls, description=description)
-
-    def _say(self, message: str) -> None:
-        """Tell the user something, through the namespace's own logger."""
 
 
 def _merged(config: SuperpipeConfig | None, options: dict[str, Any]) -> SuperpipeConfig:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import is_separate, raw_tensors
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
+from lightning_superpipe.engine.twins import release_memory
 
 __all__ = ["Anchors", "BoundBuffer"]
 
@@ -53,7 +54,7 @@ class Anchors:
 
     Args:
         reasons: id of each anchor parameter and why it is one; grows in mid-run (see :meth:`promote`).
-        hook_gradient: called once per new twin with (twin, host), to hang the gradient's way home on it.
+        make_twin: returns a new device parameter without memory for a host parameter.
     """
 
     def __init__(
@@ -61,13 +62,13 @@ class Anchors:
         device: torch.device,
         lanes: Lanes,
         reasons: dict[int, str],
-        hook_gradient: Callable[[nn.Parameter, nn.Parameter], None],
+        make_twin: Callable[[nn.Parameter], nn.Parameter],
     ) -> None:
         self.reasons = reasons
         self.is_separate = is_separate(device)
         self.epoch = 0
         self.num_copied_back = 0
-        self._device, self._lanes, self._hook_gradient = device, lanes, hook_gradient
+        self._device, self._lanes, self._make_twin = device, lanes, make_twin
         self._twins: dict[int, _AnchorTwin] = {}
         self._host_of: dict[int, nn.Parameter] = {}
         self._buffers: dict[int, _BufferTwin] = {}
@@ -115,14 +116,9 @@ class Anchors:
         return (self.epoch, parameter._version, parameter.data_ptr())
 
     def _make(self, host: nn.Parameter) -> _AnchorTwin:
+        twin = self._make_twin(host)
         with raw_tensors():
-            # Not from an existing tensor: Parameter(x) shares x's version counter.
-            empty = torch.empty(0, dtype=host.dtype, device=self._device)
-            twin = nn.Parameter(empty, requires_grad=False)
             twin.data = self._like(host.data)
-            twin.__dict__ = host.__dict__  # attributes that people hang on parameters: one dict for both
-            twin.requires_grad_(host.requires_grad)
-        self._hook_gradient(twin, host)
         self._host_of[id(twin)] = host
         self._copy_in(twin.data, host.data)
         return _AnchorTwin(host, twin, self._stamp(host), twin._version)
@@ -206,9 +202,8 @@ class Anchors:
     def close(self) -> None:
         """Bring buffers home and drop all copies; graphs that still hold a twin keep a one-element tensor."""
         self.flush_buffers()
-        with raw_tensors():
-            for copy in self._twins.values():
-                copy.twin.data = torch.empty((), dtype=copy.twin.dtype, device=self._device).expand(copy.host.size())
+        for copy in self._twins.values():
+            release_memory(copy.twin, copy.host.size())
         self._twins.clear()
         self._host_of.clear()
         self._buffers.clear()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["graph_task_id", "hooks_are_allowed", "is_separate", "raw_tensors", "storage_address"]
+__all__ = ["graph_task_id", "hooks_are_allowed", "is_separate", "is_tracing", "raw_tensors", "storage_address"]
 
 
 def is_separate(device: torch.device) -> bool:
@@ -21,6 +21,12 @@ def is_separate(device: torch.device) -> bool:
 def graph_task_id() -> int:
     """Number of the backward pass that the calling thread is running; -1 outside backward."""
     return torch._C._current_graph_task_id()
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` or ``torch.export`` is looking at the module: it must see the host's parameters."""
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return torch._C._get_tracing_state() is not None or fake is not None
 
 
 def hooks_are_allowed() -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_superpipe.engine.backend import graph_task_id, hooks_are_allowed, raw_tensors
+from lightning_superpipe.engine.backend import graph_task_id, hooks_are_allowed, is_tracing, raw_tensors
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.watch import pause
 from lightning_superpipe.planning import Op
@@ -51,13 +51,33 @@ class UnitOwner(_EngineOwner):
         engine, unit = self._engine, self._unit
         if unit.num_active and (not torch.is_grad_enabled() or engine.saved.is_innermost()):
             return forward(*args, **kwargs)  # a module inside a unit that runs already
-        if torch._C._get_tracing_state() is not None:
-            return engine.call_at_home(unit, forward, args, kwargs)  # a trace must see the parameters themselves
+        if is_tracing():
+            self._leave_device()
+            return forward(*args, **kwargs)
         if not hooks_are_allowed():
-            return engine.call_transformed(unit, forward, args, kwargs)
+            return self._run_transformed(forward, args, kwargs)
         if engine.is_separate and not unit.num_active:
-            args, kwargs = engine.aligned(args), engine.aligned(kwargs)
+            args, kwargs = _aligned(args, engine.device), _aligned(kwargs, engine.device)
         return self._run(forward, args, kwargs)
+
+    def _leave_device(self) -> None:
+        if self._unit.slot is not None and not self._unit.num_active:
+            self._engine.residency.evict(self._unit)
+
+    def _run_transformed(self, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        """Run inside ``torch.func.grad`` and its kin: they forbid saved-tensor hooks, so the unit becomes an anchor."""
+        engine, unit = self._engine, self._unit
+        engine.catalog.promote_unit(unit, "torch.func")
+        self._leave_device()
+        sites = unit.registered() if engine.is_separate and not unit.num_active else []
+        sites = [site for site in sites if engine.is_anchor(site.parameter)]
+        for site in sites:
+            site.put(engine.anchors.twin(site.parameter))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for site in sites:
+                site.put(site.parameter)
 
     def _run(self, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         engine, unit = self._engine, self._unit
@@ -92,7 +112,7 @@ class OuterOwner(_EngineOwner):
 
     def call(self, module: nn.Module, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         engine = self._engine
-        if torch._C._get_tracing_state() is not None:
+        if is_tracing():
             return forward(*args, **kwargs)
         parameters = {
             name: host for name, host in module._parameters.items() if host is not None and engine.is_anchor(host)
@@ -101,7 +121,7 @@ class OuterOwner(_EngineOwner):
             module._parameters[name] = engine.anchors.twin(host)
         buffers = engine.anchors.bind_buffers([module])
         if parameters:
-            args, kwargs = engine.aligned(args), engine.aligned(kwargs)
+            args, kwargs = _aligned(args, engine.device), _aligned(kwargs, engine.device)
         try:
             return forward(*args, **kwargs)
         finally:
@@ -109,6 +129,20 @@ class OuterOwner(_EngineOwner):
             for name, host in parameters.items():
                 if engine.anchors.host_of(module._parameters.get(name)) is host:
                     module._parameters[name] = host
+
+
+def _aligned(values: Any, device: torch.device) -> Any:
+    """Move tensors that a unit gets from the host (masks, positions) to the device; never rebuild for nothing.
+
+    Callees mutate the lists they are given, so a container without a stray tensor is passed on as it is.
+    """
+
+    def is_stray(leaf: Any) -> bool:
+        return type(leaf) in (Tensor, nn.Parameter) and leaf.device.type == "cpu" and leaf.dim() > 0
+
+    if not any(map(is_stray, tree_leaves(values))):
+        return values
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device) if is_stray(tensor) else tensor, values)
 
 
 def _without_slot_views(engine: Engine, output: Any) -> Any:

@@ -13,26 +13,26 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
-from lightning_superpipe.engine.backend import graph_task_id, hooks_are_allowed, is_separate, raw_tensors, storage_address
+from lightning_superpipe.engine.backend import graph_task_id, is_separate, storage_address
 from lightning_superpipe.engine.calls import OuterOwner, UnitOwner
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.follower import TRAIN, Follower
-from lightning_superpipe.engine.gradients import GradientReturn, accumulate
+from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.lanes import Label, Lanes, now
+from lightning_superpipe.engine.outside import Outside
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import SlotPool, storage_key
 from lightning_superpipe.engine.swap import swap_in, swap_out
 from lightning_superpipe.engine.tokens import SavedTensors
+from lightning_superpipe.engine.twins import make_twin
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
 from lightning_superpipe.planning import Action, Op
@@ -95,7 +95,7 @@ class Engine:
         self._own_seconds, self._num_uses = 0.0, 0
         self._is_compiled = any(_is_compiled(module) for module in root.modules())
 
-        self.anchors = Anchors(self.device, lanes, anchors, partial(self._hook_gradient, unit=None))
+        self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin)
         self.catalog = Catalog(root, self.anchors)
         self.units = [Unit(i, name, module, anchors, self._make_twin) for i, (name, module) in enumerate(units)]
         slot_bytes = max(unit.num_bytes for unit in self.units)
@@ -104,6 +104,7 @@ class Engine:
         self.residency = Residency(self.units, self.slots, lanes, self.follower, self._unbind)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
         self.saved = SavedTensors(self)
+        self.outside = Outside(self.device, self.anchors, self.catalog, self.residency, self.saved, self.recover)
         for unit in self.units:
             self._install(unit)
         self._outer = self._install_outer(owns_root) if self.is_separate else []
@@ -161,38 +162,12 @@ class Engine:
         return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
-        host = unit.parameters[index]
-        with raw_tensors():
-            # Not from a slot's view: Parameter(x) shares x's version counter, and every later copy into the slot
-            # would look like a write by the user.
-            empty = torch.empty(0, dtype=host.dtype, device=self.device)
-            twin = nn.Parameter(empty, requires_grad=False)
-            twin.__dict__ = host.__dict__  # attributes that people hang on parameters: one dict for both
+        twin = make_twin(unit.parameters[index], self.device, self, Label("G", unit.index, unit.name))
         self.catalog.add_twin(twin, unit, index)
-        self._hook_gradient(twin, host, unit=unit)
         return twin
 
-    def _hook_gradient(self, twin: nn.Parameter, host: nn.Parameter, *, unit: Unit | None) -> None:
-        """Send a twin's gradient home whenever autograd has finished it."""
-        if not (host.is_floating_point() or host.is_complex()):
-            return
-        engine_ref = weakref.ref(self)
-        label = Label("G", -1, "anchors") if unit is None else Label("G", unit.index, unit.name)
-
-        def ship(twin: Tensor) -> None:
-            gradient, twin.grad = twin.grad, None
-            engine = engine_ref()
-            if gradient is None:
-                return
-            if engine is None or not engine.is_open:
-                accumulate(host, gradient.to(host.device))
-                return
-            engine.enlist_graph()
-            engine.gradients.ship(host, gradient, label)
-
-        with raw_tensors():
-            twin.requires_grad_(True)  # hooks need it; the host's own value is set at each use
-            twin.register_post_accumulate_grad_hook(ship)
+    def _make_anchor_twin(self, host: nn.Parameter) -> nn.Parameter:
+        return make_twin(host, self.device, self, Label("G", -1, "anchors"))
 
     # -- uses
 
@@ -288,28 +263,6 @@ class Engine:
                     self.residency.evict(other)
             self.residency.grow_slots(unit.num_bytes)
 
-    def call_at_home(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Run a unit's module with its host parameters."""
-        if unit.slot is not None and not unit.num_active:
-            self.residency.evict(unit)
-        return forward(*args, **kwargs)
-
-    def call_transformed(self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Run a unit inside ``torch.func.grad`` and its kin: they forbid saved-tensor hooks, so it becomes an anchor."""
-        self.catalog.promote_unit(unit, "torch.func")
-        if unit.slot is not None and not unit.num_active:
-            self.residency.evict(unit)
-        if unit.num_active or not self.is_separate:
-            return forward(*args, **kwargs)
-        sites = [site for site in unit.registered() if self.catalog.is_anchor(site.parameter)]
-        for site in sites:
-            site.put(self.anchors.twin(site.parameter))
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            for site in sites:
-                site.put(site.parameter)
-
     # -- steps
 
     @contextlib.contextmanager
@@ -332,8 +285,8 @@ class Engine:
 
     def _make_watch(self, mode: str) -> TrainWatch | EvalWatch | None:
         if mode == TRAIN:
-            return TrainWatch(self)
-        return EvalWatch(self) if self.is_separate else None
+            return TrainWatch(self.outside)
+        return EvalWatch(self.outside) if self.is_separate else None
 
     def _begin(self, mode: str, is_undisturbed: bool) -> None:
         self.recover()
@@ -384,6 +337,11 @@ class Engine:
 
             torch.autograd.Variable._execution_engine.queue_callback(at_end)  # type: ignore[attr-defined]
 
+    def receive_gradient(self, host: nn.Parameter, gradient: Tensor, label: Label) -> None:
+        """Autograd has finished a gradient: send it home."""
+        self.enlist_graph()
+        self.gradients.ship(host, gradient, label)
+
     def end_graph(self, task: int) -> None:
         """A backward pass is over: host parameters are in the modules, gradients are complete on the host."""
         with self._lock:
@@ -426,42 +384,6 @@ class Engine:
     def unit_of_twin(self, tensor: Tensor) -> tuple[Unit, int] | None:
         return self.catalog.unit_of_twin(tensor)
 
-    def saving(self) -> contextlib.AbstractContextManager[None]:
-        """Hooks that turn slot tensors into tokens."""
-        return self.saved.saving()
-
-    def read_outside(self, tensor: Tensor, function: str) -> Tensor:
-        streamed = self.catalog.unit_of_host(tensor)
-        if streamed is None:
-            return self.catalog.operand(tensor)
-        unit, index = streamed
-        self.catalog.promote(unit, tensor, function)
-        if not hooks_are_allowed():
-            return self.catalog.operand(tensor)
-        with self._lock:
-            self.residency.require(unit)
-        return unit.twin(index)
-
-    def is_buffer(self, value: object) -> bool:
-        return self.is_separate and self.catalog.is_buffer(value)
-
-    def bring_home(self, tensor: Tensor) -> None:
-        streamed = self.catalog.unit_of_host(tensor)
-        if streamed is not None:
-            self.residency.copy_back(streamed[0])
-        self.anchors.bring_home(tensor)
-
-    def may_be_written(self, tensor: Tensor) -> None:
-        if self.catalog.unit_of_host(tensor) is not None or self.catalog.is_anchor(tensor):
-            self.residency.fence_host_reads()
-            self.catalog.written(tensor)
-
-    def twins_for(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return self.catalog.graph_tensors(tensors)
-
-    def host_of_storage(self, address: int) -> Tensor | None:
-        return self.catalog.host_of_storage(address)
-
     def is_anchor(self, tensor: Tensor) -> bool:
         return self.catalog.is_anchor(tensor)
 
@@ -471,15 +393,6 @@ class Engine:
         parameters = {name: self.catalog.host_of(held) or held for name, held in module._parameters.items()}
         buffers = {name: self.anchors.host_buffer(held) for name, held in module._buffers.items()}
         return {"_parameters": parameters, "_buffers": buffers}
-
-    def aligned(self, values: Any) -> Any:
-        """Move tensors that a unit gets from the host (masks, positions) to the device; never rebuild for nothing.
-
-        Callees mutate the lists they are given, so a container without a stray tensor is passed on as it is.
-        """
-        if not any(_is_stray(leaf) for leaf in tree_leaves(values)):
-            return values
-        return tree_map_only(Tensor, lambda t: t.to(self.device) if _is_stray(t) else t, values)
 
     def overhead_us(self) -> float:
         """Mean time that the engine itself takes per use of a unit, waiting not included, in microseconds."""
@@ -499,16 +412,12 @@ class Engine:
         for module in self._outer:
             swap_out(module)
         self.lanes.close()
-        self.residency.close(self.device)
+        self.residency.close()
         self.gradients.close()
         self.anchors.close()
         self.catalog.clear()
         self._tier.close()
         self._outer.clear()
-
-
-def _is_stray(value: Any) -> bool:
-    return type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu" and value.dim() > 0
 
 
 def _is_compiled(module: nn.Module) -> bool:

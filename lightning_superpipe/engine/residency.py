@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import nn
 
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.follower import Follower
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.slots import Slot, SlotPool
+from lightning_superpipe.engine.twins import release_memory
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.planning import Action, Op
 
@@ -181,18 +181,15 @@ class Residency:
             self.last_copy.synchronize()
             self.last_copy = None
 
-    def close(self, device: torch.device) -> None:
+    def close(self) -> None:
         """Evict everything; twins in graphs that are still alive keep their shape and hold one element."""
         for unit in self.units:
             if unit.slot is not None:
                 self.copy_back(unit)
             unit.slot = unit.arrival = unit.stamp = None
-            with raw_tensors():
-                for twin in unit.twins:
-                    if twin is not None:
-                        twin.data = torch.empty((), dtype=twin.dtype, device=device).expand(twin.size())
+            for twin in unit.twins:
+                if twin is not None:
+                    release_memory(twin, twin.size())
             unit.twins = []
         self._last_slot.clear()
         self.slots.close()
-
-

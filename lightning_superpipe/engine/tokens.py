@@ -153,9 +153,7 @@ class SavedTensors:
         parameter = unit.parameters[index]
         versions = (parameter._version, unit.twin(index)._version)
         size, stride = tensor.size(), tensor.stride()
-        return Token(
-            weakref.ref(unit), unit.name, index, parameter, versions, tensor.dtype, size, stride, offset, cast
-        )
+        return Token(weakref.ref(unit), unit.name, index, parameter, versions, tensor.dtype, size, stride, offset, cast)
 
     # -- unpacking
 

@@ -104,8 +104,7 @@ class Unit:
         if _signature(self.registered()) != self._signature:
             return False
         return all(
-            twin is None
-            or (twin.size() == host.size() and twin.dtype == host.dtype and twin.stride() == host.stride())
+            twin is None or (twin.size() == host.size() and twin.dtype == host.dtype and twin.stride() == host.stride())
             for twin, host in zip(self.twins, self.parameters, strict=True)
         )
 
@@ -298,4 +297,3 @@ def _derived_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 def _signature(sites: list[Site]) -> list[tuple[int, str, int]]:
     return [(id(site.module), site.name, id(site.parameter)) for site in sites]
-

@@ -23,10 +23,12 @@ _BACKWARD = (torch.autograd.backward, Tensor.backward)
 _VIEW_GETTERS = frozenset(("T", "mT", "H", "mH", "real", "imag"))
 # Functions that look at a parameter but do not read its values.
 _METADATA = frozenset(
-    "size dim numel stride nelement element_size itemsize nbytes is_floating_point is_complex storage_offset "
-    "requires_grad_ register_hook register_post_accumulate_grad_hook get_device ndimension is_contiguous __len__ "
-    "__repr__ __format__ __hash__ data_ptr untyped_storage is_shared _is_view is_signed detach_ is_inference "
-    "is_set_to is_pinned".split()
+    (
+        *("size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device"),
+        *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_shared", "is_pinned", "is_inference"),
+        *("is_set_to", "_is_view", "data_ptr", "untyped_storage", "requires_grad_", "detach_", "register_hook"),
+        *("register_post_accumulate_grad_hook", "__len__", "__repr__", "__format__", "__hash__"),
+    )
 )
 
 

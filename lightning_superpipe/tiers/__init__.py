@@ -1,4 +1,4 @@
-"""Where bytes live. One file per tier; every tier hands out memory through :class:`~lightning_superpipe.tiers.base.Tier`."""
+"""Where bytes live. One file per tier; each hands out memory through the interface in ``base.py``."""
 
 from lightning_superpipe.tiers.base import Slab, Tier
 from lightning_superpipe.tiers.host import HostTier

@@ -50,4 +50,3 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close every slab."""
-
