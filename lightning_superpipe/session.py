@@ -65,7 +65,9 @@ class Session:
         self._optimizers: list[Optimizer] = []
         self._root = root
         self._num_steps = 0
-        self._total = self._at_step_start = self._last_step = StepCounters()
+        self._is_step_open = False
+        self._at_step_start = self._last_step = StepCounters()
+        self._final_report: Report | None = None
         self.recording: Recording | None = None
 
     def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
@@ -87,6 +89,7 @@ class Session:
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
         """Scope of a step, see :meth:`Engine.step`."""
+        self._finish_step()
         if mode == TRAIN:
             self._begin_training_step()
         with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed):
@@ -105,21 +108,21 @@ class Session:
         self._backward_scope.close()
 
     def _begin_training_step(self) -> None:
-        self._backward_scope.close()  # left open where a backward pass raised
-        self._finish_step()
         if self._num_steps == self.config.record_step:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
+        self._is_step_open, self._at_step_start = True, self._counters()
         self._engine.on_boundary = self._meter.sample if self._is_counted() else None
 
     def _finish_step(self) -> None:
-        """Close the books of the training step before."""
-        counters = self._counters()
-        if self._num_steps:
-            self._meter.sample()
-            self._last_step = counters - self._at_step_start
-        self._at_step_start = counters
+        """Close the books of the training step before, if one is open."""
+        self._backward_scope.close()  # left open where a backward pass raised
+        if not self._is_step_open:
+            return
+        self._is_step_open = False
+        self._meter.sample()
+        self._last_step = self._counters() - self._at_step_start
         if self._meter.recorder is not None:
             self._meter.recorder = None
             self.recording = self._engine.lanes.stop_recording().finish(
@@ -177,17 +180,20 @@ class Session:
         self._engine.abort()
 
     def close(self) -> None:
-        """Give the model back as it was, with its current weights."""
+        """Give the model back as it was, with its current weights. The report stays; nothing of the model does."""
+        if self._final_report is not None:
+            return
         self._finish_step()
-        self._total = self._counters()
+        self._final_report = self.report()
         self._engine.close()
+        del self._engine, self._meter, self._root, self._optimizers, self._tier
 
     # -- report
 
     def report(self) -> Report:
         """What streaming cost and saved so far."""
-        counters = self._counters() if self._engine.is_open else self._total
-        last = counters - self._at_step_start if self._engine.is_open else self._last_step
+        if self._final_report is not None:
+            return self._final_report
         static = self._need.total(self.k) - self._need.gradient_bytes
         peak = self._meter.peak
         if not peak.total:
@@ -202,16 +208,14 @@ class Session:
             peak=peak,
             resident_bytes=weights + gradients + states,
             host_bytes=weights + gradients + states,
-            last_step=last,
-            total=counters,
+            last_step=self._last_step,
+            total=self._counters(),
             device=str(self.device),
             emulated=self.is_emulated,
             unit_overhead_us=self._engine.overhead_us(),
         )
 
     def _counters(self) -> StepCounters:
-        if not self._engine.is_open:
-            return self._total
         residency, lanes = self._engine.residency, self._engine.lanes
         return StepCounters(
             num_loads=residency.num_loads,

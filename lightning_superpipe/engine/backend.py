@@ -31,7 +31,7 @@ def is_tracing() -> bool:
 
 def hooks_are_allowed() -> bool:
     """Whether saved-tensor hooks may be used; inside ``torch.func.grad`` and its kin they may not."""
-    return torch._C._autograd._saved_tensors_hooks_is_enabled()
+    return bool(torch._C._autograd._saved_tensors_hooks_is_enabled())  # type: ignore[attr-defined]
 
 
 def storage_address(tensor: Tensor) -> int | None:

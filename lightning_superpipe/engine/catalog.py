@@ -1,4 +1,4 @@
-"""Which tensor is what: host parameters, their twins, and the parameters that turn out to be read outside their unit."""
+"""Which tensor is what: host parameters, their twins, and parameters that turn out to be read outside their unit."""
 
 from __future__ import annotations
 
@@ -134,8 +134,9 @@ class Catalog:
         streamed = self._hosts.get(id(tensor))
         if streamed is not None:
             return streamed[0].twin(streamed[1])
-        is_anchor = id(tensor) in self._anchors.reasons and isinstance(tensor, nn.Parameter)
-        return self._anchors.twin(tensor) if is_anchor and self._anchors.is_separate else tensor
+        if isinstance(tensor, nn.Parameter) and id(tensor) in self._anchors.reasons and self._anchors.is_separate:
+            return self._anchors.twin(tensor)
+        return tensor
 
     def host_of_storage(self, address: int) -> Tensor | None:
         """The host parameter or buffer whose storage starts at an address; None if there is none."""

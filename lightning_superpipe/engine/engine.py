@@ -10,27 +10,23 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
-from lightning_superpipe.engine.backend import graph_task_id, is_separate, storage_address
-from lightning_superpipe.engine.calls import OuterOwner, UnitOwner
+from lightning_superpipe.engine.backend import graph_task_id, is_separate
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.follower import TRAIN, Follower
 from lightning_superpipe.engine.gradients import GradientReturn
+from lightning_superpipe.engine.installation import Installation
 from lightning_superpipe.engine.lanes import Label, Lanes, now
 from lightning_superpipe.engine.outside import Outside
 from lightning_superpipe.engine.residency import Residency
-from lightning_superpipe.engine.slots import SlotPool, storage_key
-from lightning_superpipe.engine.swap import swap_in, swap_out
+from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.tokens import SavedTensors
 from lightning_superpipe.engine.twins import make_twin
 from lightning_superpipe.engine.unit import Unit
@@ -80,7 +76,7 @@ class Engine:
         pin: bool = False,
         owns_root: bool = False,
     ) -> None:
-        self.root, self.lanes, self.device = root, lanes, lanes.device
+        self.lanes, self.device = lanes, lanes.device
         self.is_separate = is_separate(self.device)
         self.is_open = True
         self.watch: TrainWatch | EvalWatch | None = None
@@ -105,61 +101,7 @@ class Engine:
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
         self.saved = SavedTensors(self)
         self.outside = Outside(self.device, self.anchors, self.catalog, self.residency, self.saved, self.recover)
-        for unit in self.units:
-            self._install(unit)
-        self._outer = self._install_outer(owns_root) if self.is_separate else []
-        self._optimizer_hooks = self._hook_optimizers()
-
-    # -- installation
-
-    def _install(self, unit: Unit) -> None:
-        unit.reserve(self._tier)
-        self._adopt([unit])
-        self.gradients.add_group(unit.parameters)
-        self.catalog.add(unit)
-        owner = UnitOwner(self, unit)
-        for module in unit.members.values():
-            swap_in(module, owner)
-
-    def _adopt(self, units: Sequence[Unit]) -> None:
-        """Bring host bytes into the store, where they are not yet."""
-        straying = [unit for unit in units if unit.strays()]
-        owners = None
-        if straying and not self.is_separate:
-            tensors = [*self.root.parameters(), *self.root.buffers()]
-            owners = Counter(storage_key(tensor) for tensor in tensors if storage_address(tensor) is not None)
-        for unit in straying:
-            unit.adopt(owners)
-
-    def _install_outer(self, owns_root: bool) -> list[nn.Module]:
-        inside = {id(module) for unit in self.units for module in unit.module.modules()}
-        outer = [
-            module
-            for module in self.root.modules()
-            if id(module) not in inside
-            and (owns_root or module is not self.root)
-            and not isinstance(module, torch.jit.ScriptModule)
-            and not hasattr(module, "_orig_mod")
-            and not hasattr(module, "add_state")  # metrics move their state themselves
-        ]
-        for module in outer:
-            swap_in(module, OuterOwner(self, module))
-        return outer
-
-    def _hook_optimizers(self) -> list[RemovableHandle]:
-        """Any optimizer's step may write host parameters: nothing reads them meanwhile, and what was loaded is stale."""
-        engine_ref = weakref.ref(self)
-
-        def before(*_: Any) -> None:
-            if (engine := engine_ref()) is not None:
-                engine.residency.fence_host_reads()
-
-        def after(*_: Any) -> None:
-            if (engine := engine_ref()) is not None:
-                engine.residency.epoch += 1
-                engine.anchors.epoch += 1
-
-        return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        self._installation = Installation(self, root, tier, owns_root=owns_root)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
         twin = make_twin(unit.parameters[index], self.device, self, Label("G", unit.index, unit.name))
@@ -201,7 +143,7 @@ class Engine:
         if not self._is_in_step and graph_task_id() == -1:
             unit.stamp = None  # outside steps anything may have written to the host since
             if not unit.is_current():
-                self._rescan(unit)
+                self._installation.rescan(unit)
 
     def _follow(self, use: Action, unit: Unit) -> None:
         if self._is_in_step:
@@ -247,22 +189,6 @@ class Engine:
             unit.unbind(self.catalog.host_of)
             self.anchors.unbind_buffers(self._bound_buffers.pop(unit.index, []))
 
-    def _rescan(self, unit: Unit) -> None:
-        """Read a unit's modules afresh: the user changed them, or some of its parameters became anchors."""
-        if unit.slot is not None:
-            self.residency.evict(unit)
-        for module in unit.members.values():
-            swap_out(module)
-        self.residency.forget(unit)
-        self.catalog.remove(unit)
-        unit.scan()
-        self._install(unit)
-        if unit.num_bytes > self.slots.slot_bytes:
-            for other in self.units:
-                if other.slot is not None:
-                    self.residency.evict(other)
-            self.residency.grow_slots(unit.num_bytes)
-
     # -- steps
 
     @contextlib.contextmanager
@@ -295,8 +221,8 @@ class Engine:
         for unit in self.units:
             # Only between steps: a graph may hold tokens of this scan, and functional_call changes modules for a call.
             if unit in promoted or not unit.is_current():
-                self._rescan(unit)
-        self._adopt(self.units)
+                self._installation.rescan(unit)
+        self._installation.adopt(self.units)
         if not is_undisturbed:
             self.invalidate()
         self.catalog.survey()
@@ -335,7 +261,7 @@ class Engine:
                 if (engine := engine_ref()) is not None:
                     engine.end_graph(task)
 
-            torch.autograd.Variable._execution_engine.queue_callback(at_end)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(at_end)
 
     def receive_gradient(self, host: nn.Parameter, gradient: Tensor, label: Label) -> None:
         """Autograd has finished a gradient: send it home."""
@@ -404,20 +330,13 @@ class Engine:
             return
         self.abort()
         self.is_open = False
-        for hook in self._optimizer_hooks:
-            hook.remove()
-        for unit in self.units:
-            for module in unit.members.values():
-                swap_out(module)
-        for module in self._outer:
-            swap_out(module)
+        self._installation.remove()
         self.lanes.close()
         self.residency.close()
         self.gradients.close()
         self.anchors.close()
         self.catalog.clear()
         self._tier.close()
-        self._outer.clear()
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -59,7 +59,7 @@ class Follower:
         self._mode, self._trace, self.plan = None, [], None
 
     def before(self, use: Action, resident: Callable[[], Iterable[int]]) -> list[Action]:
-        """Note a use; return what the plan moves before it. ``resident`` is asked only if the plan must be made anew."""
+        """Note a use; return what the plan moves before it. ``resident`` is asked only if a new plan must be made."""
         if self._mode is None or (self._trace and self._trace[-1] == use):
             return []
         self._trace.append(use)

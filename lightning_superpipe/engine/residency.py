@@ -108,7 +108,7 @@ class Residency:
         self.num_loads += 1
 
     def _copies_to_stashed(self, unit: Unit) -> list[Copy]:
-        """What to copy into twins that own their memory; graphs that hold one see a new version, as in the plain run."""
+        """What to copy into twins that own their memory; graphs that hold one see a new version, as without us."""
         for index in unit.has_own_storage:
             if unit.parameters[index]._version != unit.host_versions[index]:
                 torch.autograd.graph.increment_version(unit.twin(index))

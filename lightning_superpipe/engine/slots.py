@@ -13,7 +13,7 @@ from lightning_superpipe.errors import PlanError
 
 __all__ = ["ALIGNMENT", "Slot", "SlotPool", "storage_key", "storage_use_count"]
 
-# Bytes. Allocators of devices give at least this, and kernels may choose their path by it; a multiple of every itemsize.
+# Bytes. Allocators of devices give at least this, and kernels may choose their path by it.
 ALIGNMENT = 256
 
 

@@ -49,7 +49,8 @@ def swap_in(module: nn.Module, owner: Owner) -> None:
     """Give a module the streamed form of its class, or just another owner if it has it already."""
     module.__dict__[_OWNER] = owner
     if not hasattr(type(module), _BASE):
-        module.__class__ = _streamed_class(type(module))
+        base: Any = type(module)
+        module.__class__ = _streamed_class(base)
 
 
 def swap_out(module: nn.Module) -> None:
@@ -64,8 +65,9 @@ def swap_out(module: nn.Module) -> None:
 
 
 @cache
-def _streamed_class(base: type[nn.Module]) -> type[nn.Module]:
+def _streamed_class(base: Any) -> Any:
     """The streamed form of a module class; one per class, so that isinstance and caches by type keep working."""
+    swapped: Any = None
 
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = super(swapped, self).__call__
@@ -77,26 +79,26 @@ def _streamed_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         kept = fn if owner_of(self) is None else _keeping_device(fn)
-        return super(swapped, self)._apply(kept, *args, **kwargs)  # type: ignore[misc]
+        return super(swapped, self)._apply(kept, *args, **kwargs)
 
     namespace: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         # Dynamo must not trace the loader; what is compiled is the module's own forward, inside.
-        "__call__": torch.compiler.disable(__call__),
+        "__call__": torch.compiler.disable(__call__),  # type: ignore[no-untyped-call]
         "__reduce_ex__": __reduce_ex__,
         "_apply": _apply,
         _BASE: base,
     }
     if isinstance(getattr(base, "device", None), property):
-        namespace["device"] = _device_property(base.device)  # type: ignore[attr-defined]
+        namespace["device"] = _device_property(base.device)
     swapped = types.new_class(base.__name__, (base,), {}, lambda body: body.update(namespace))
     return swapped
 
 
 def _device_property(original: property) -> property:
-    """Let ``module.device`` tell where the module computes (transformers reads its first parameter, which is at home)."""
+    """Let ``module.device`` tell where the module computes: transformers reads its first parameter, which is home."""
 
     def device(self: nn.Module) -> torch.device:
         owner = owner_of(self)

@@ -39,12 +39,13 @@ class Token(NamedTuple):
     Attributes:
         versions: of the host parameter and of its twin, when saved.
         offset: bytes from the start of the parameter, or of its cast.
+        position: of the parameter in its unit.
         cast: the saved tensor was a view of the parameter converted to this dtype, not of the parameter itself.
     """
 
     unit: weakref.ref[Unit]
     unit_name: str
-    index: int
+    position: int
     parameter: nn.Parameter
     versions: tuple[int, int]
     dtype: torch.dtype
@@ -142,12 +143,12 @@ class SavedTensors:
             node = node.next_functions[0][0]
         if node is None or node.name() != "ToCopyBackward0":
             return None
-        source = getattr(node.next_functions[0][0], "variable", None)
+        source: Tensor | None = getattr(node.next_functions[0][0], "variable", None)
         owner = host.unit_of_twin(source) if source is not None else None
-        if owner is None or tensor.untyped_storage().nbytes() != source.numel() * tensor.itemsize:
+        if source is None or owner is None or tensor.untyped_storage().nbytes() != source.numel() * tensor.itemsize:
             return None
         unit, index = owner
-        return self._token(unit, index, tensor, tensor.storage_offset() * tensor.itemsize, cast=True)
+        return self._token(unit, index, tensor, int(tensor.storage_offset()) * tensor.itemsize, cast=True)
 
     def _token(self, unit: Unit, index: int, tensor: Tensor, offset: int, *, cast: bool) -> Token:
         parameter = unit.parameters[index]
@@ -163,19 +164,19 @@ class SavedTensors:
         unit, host = packed.unit(), self._host()
         if unit is None or host is None or not host.is_open:
             return self._rebuild(packed)
-        if packed.index >= len(unit.parameters) or unit.parameters[packed.index] is not packed.parameter:
+        if packed.position >= len(unit.parameters) or unit.parameters[packed.position] is not packed.parameter:
             raise RuntimeError(
-                f"parameter {packed.index} of unit {packed.unit_name!r} was replaced between forward and backward."
+                f"parameter {packed.position} of unit {packed.unit_name!r} was replaced between forward and backward."
             )
-        if packed.versions != (packed.parameter._version, unit.twin(packed.index)._version):
-            raise RuntimeError(_MODIFIED.format(index=packed.index, unit=packed.unit_name))
+        if packed.versions != (packed.parameter._version, unit.twin(packed.position)._version):
+            raise RuntimeError(_MODIFIED.format(index=packed.position, unit=packed.unit_name))
         host.use_in_backward(unit)
         assert unit.slot is not None, "a unit in use has a slot"
         if packed.cast:
-            return _view_of_cast(unit.twin(packed.index).detach(), packed)
-        if packed.index in unit.has_own_storage:
-            return _view_of(unit.twin(packed.index).detach(), packed)
-        offset = unit.offsets[packed.index] + packed.offset
+            return _view_of_cast(unit.twin(packed.position).detach(), packed)
+        if packed.position in unit.has_own_storage:
+            return _view_of(unit.twin(packed.position).detach(), packed)
+        offset = unit.offsets[packed.position] + packed.offset
         return unit.slot.view(packed.dtype, offset, packed.size, packed.stride)
 
     def _rebuild(self, token: Token) -> Tensor:

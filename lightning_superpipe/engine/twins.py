@@ -25,7 +25,7 @@ class GradientReceiver(Protocol):
 
 
 def make_twin(host: nn.Parameter, device: torch.device, receiver: GradientReceiver, label: Label) -> nn.Parameter:
-    """Return a device parameter without memory, whose gradients go to ``host`` as soon as autograd has finished them."""
+    """Return a device parameter without memory, whose gradients go to ``host`` once autograd has finished them."""
     with raw_tensors():
         # Not from an existing tensor: Parameter(x) shares x's version counter, and every later copy into x would look
         # like a write by the user.
@@ -51,7 +51,7 @@ def _send_gradients_home(twin: nn.Parameter, host: nn.Parameter, receiver: Gradi
         else:
             receiver.receive_gradient(host, gradient, label)
 
-    twin.register_post_accumulate_grad_hook(ship)
+    twin.register_post_accumulate_grad_hook(ship)  # type: ignore[no-untyped-call]
 
 
 def release_memory(twin: nn.Parameter, size: torch.Size) -> None:

@@ -253,7 +253,12 @@ class Unit:
             return 0
         twin = self.twins[index]
         assert twin is not None
-        return extra - (_graph_reference() if twin._use_count() > 1 else 0)
+        return extra - (_graph_reference() if _num_owners(twin) > 1 else 0)
+
+
+def _num_owners(tensor: Tensor) -> int:
+    """How many owners the tensor itself (not its storage) has in C++."""
+    return int(tensor._use_count())  # type: ignore[attr-defined]
 
 
 @cache

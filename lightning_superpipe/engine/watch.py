@@ -124,7 +124,7 @@ class TrainWatch(TorchFunctionMode):
             raise
 
 
-class EvalWatch(TorchDispatchMode):
+class EvalWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Active between unit calls of an evaluation step on a separate device.
 
     No gradients are needed there, so replacing the operand below autograd will do; a function mode would switch
@@ -132,7 +132,7 @@ class EvalWatch(TorchDispatchMode):
     """
 
     def __init__(self, host: WatchHost) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._host = weakref.ref(host)
 
     def __torch_dispatch__(
@@ -162,7 +162,7 @@ _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)
 @contextlib.contextmanager
 def pause(mode: TorchFunctionMode | TorchDispatchMode | None) -> Iterator[None]:
     """Take a mode off the top of its stack: units see exactly what they see without us."""
-    if isinstance(mode, TorchFunctionMode) and _top(_get_current_function_mode_stack()) is mode:
+    if isinstance(mode, TorchFunctionMode) and _top(_function_modes()) is mode:
         torch._C._pop_torch_function_stack()
         try:
             yield
@@ -176,6 +176,10 @@ def pause(mode: TorchFunctionMode | TorchDispatchMode | None) -> Iterator[None]:
             torch._C._push_on_torch_dispatch_stack(mode)
     else:
         yield
+
+
+def _function_modes() -> list[Any]:
+    return list(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def _top(stack: list[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -47,16 +48,7 @@ class Meter:
             yield
         self.sample()
 
-    def stop_counting(self) -> None:
-        """Forget what was counted: the steps that were to be measured are over."""
-        self._live = None
-
-    def exclude(self, address: int) -> None:
-        """Leave a storage out of the activations: it is counted as slot or anchor."""
-        if self._live is not None:
-            self._live.exclude.add(address)
-
-    def sample(self, time_s: float | None = None) -> None:
+    def sample(self) -> None:
         """Look at the memory now."""
         slots, anchors = self._static()
         gradients = self._gradients()
@@ -64,8 +56,9 @@ class Meter:
         peak = PeakBytes(slots, anchors, gradients, max(0, peak_of_rest))
         self.peak = max(self.peak, peak, key=lambda each: each.total)
         if self.recorder is not None:
-            now = self.recorder.now() if time_s is None else time_s
-            self.recorder.sample(now, slots, anchors, gradients, max(0, rest))
+            now = self.recorder.now()
+            for activations in (peak_of_rest, rest):  # first the spike since the last look
+                self.recorder.sample(now, slots, anchors, gradients, max(0, activations))
 
     def _rest(self, slots: int, anchors: int, gradients: int) -> tuple[int, int]:
         """Bytes that are neither slots nor anchors nor waiting gradients: the most since the last look, and now."""
@@ -78,7 +71,7 @@ class Meter:
         return self._live.take_recent_peak() - gradients, self._live.current_bytes - gradients
 
 
-def _allocator_of(device: torch.device):  # type: ignore[no-untyped-def]  # a module chosen at run time
+def _allocator_of(device: torch.device) -> Any:
     """The device's module if its allocator keeps counts; None otherwise."""
     if device.type == "cpu":
         return None

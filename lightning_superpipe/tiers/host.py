@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class HostSlab(Slab):
 
     def close(self) -> None:
         if self.pinned:
-            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())
+            _driver().cudaHostUnregister(self._bytes.data_ptr())
             self.pinned = False
 
 
@@ -82,4 +83,8 @@ class HostTier(Tier):
 
 def _page_lock(pages: Tensor) -> bool:
     """Register pages with the driver; False where it refuses."""
-    return int(torch.cuda.cudart().cudaHostRegister(pages.data_ptr(), pages.numel(), 0)) == 0
+    return int(_driver().cudaHostRegister(pages.data_ptr(), pages.numel(), 0)) == 0
+
+
+def _driver() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -10,12 +10,11 @@ As on a GPU, a queue holds no memory: a copy whose source has been freed meanwhi
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,12 +24,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from lightning_superpipe.engine.gradients import HostLane
+from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, Mark
 from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.observe.trace import Lane, Recorder
 
-__all__ = ["LANE_ORDERS", "LateCompute", "LateLanes"]
+__all__ = ["LANE_ORDERS", "LaneOrder", "LateCompute", "LateLanes"]
 
 LaneOrder = tuple[Lane, Lane, Lane]
 LANE_ORDERS: tuple[LaneOrder, ...] = (
@@ -141,9 +140,7 @@ class LateLanes(Lanes):
 
     def close(self) -> None:
         self._program_waits.set()
-        for queue in self._queues.values():
-            while queue:
-                self.run_until(queue[-1].done)
+        self.finish()
 
     # -- the device
 
@@ -175,29 +172,28 @@ class LateLanes(Lanes):
         del operation  # what it holds is free before anybody hears that it is done
         done.has_passed = True
 
-    @contextlib.contextmanager
-    def program_waits(self) -> Iterator[None]:
-        """Scope in which the program is blocked by the engine's own thread."""
-        self._program_waits.set()
-        try:
-            yield
-        finally:
-            self._program_waits.clear()
+    def finish(self) -> None:
+        """Run all that is queued."""
+        for queue in self._queues.values():
+            while queue:
+                self.run_until(queue[-1].done)
+
+    def attend(self, gradients: GradientReturn) -> None:
+        """Learn when the program waits for the engine's own thread."""
+        wait = gradients._host.wait
+
+        def waiting(until: Callable[[], bool] | None = None) -> None:
+            self._program_waits.set()
+            try:
+                wait(until)
+            finally:
+                self._program_waits.clear()
+
+        gradients._host.wait = waiting  # type: ignore[method-assign]
 
 
 def _may_run(operation: _Operation) -> bool:
     return all(event.query() for event in operation.after)
-
-
-def let_waiting_run(lanes: LateLanes, host: HostLane) -> None:
-    """Tell the lanes when the program waits for the host lane."""
-    wait = host.wait
-
-    def waiting(until: Callable[[], bool] | None = None) -> None:
-        with lanes.program_waits():
-            wait(until)
-
-    host.wait = waiting  # type: ignore[method-assign]
 
 
 class LateCompute(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -85,7 +85,7 @@ class Vmap(ProbeModule):
     """A unit runs under `vmap`."""
 
     def loss(self, x: Tensor) -> Tensor:
-        rows = vmap(lambda row: self.head(row), randomness="different")(x)
+        rows: Tensor = vmap(lambda row: self.head(row), randomness="different")(x)
         return super().loss(x) + rows.pow(2).mean()
 
 
@@ -94,7 +94,7 @@ class JacobianInStep(ProbeModule):
     """`jacrev` far from any unit forbids saved-tensor hooks in the whole step."""
 
     def loss(self, x: Tensor) -> Tensor:
-        jacobian = jacrev(lambda y: torch.tanh(y).sum())(x)
+        jacobian: Tensor = jacrev(lambda y: torch.tanh(y).sum())(x)
         return super().loss(x) + jacobian.sum()
 
 
@@ -103,7 +103,7 @@ class JacobianThroughUnit(ProbeModule):
     """`jacrev` through a unit: neither hooks nor new twins are possible inside the transform."""
 
     def loss(self, x: Tensor) -> Tensor:
-        jacobian = jacrev(lambda y: self.head(y).sum())(x)
+        jacobian: Tensor = jacrev(lambda y: self.head(y).sum())(x)
         return super().loss(x) + jacobian.pow(2).sum()
 
 
@@ -125,8 +125,14 @@ class ModuleHooks(ProbeModule):
     """Forward and backward hooks on units and inside them, some of which change what flows."""
 
     def build(self) -> None:
-        self.block(1).register_full_backward_hook(lambda module, grads, outs: (grads[0] * 0.9,))
-        self.block(2).up.register_full_backward_pre_hook(lambda module, outs: (outs[0] * 0.8,))
+        def smaller(module: nn.Module, grads: Any, outs: Any) -> tuple[Tensor]:
+            return (grads[0] * 0.9,)
+
+        def smaller_before(module: nn.Module, outs: Any) -> tuple[Tensor]:
+            return (outs[0] * 0.8,)
+
+        self.block(1).register_full_backward_hook(smaller)
+        self.block(2).up.register_full_backward_pre_hook(smaller_before)
         self.block(0).up.register_forward_hook(lambda module, args, output: output * 1.1)
         self.block(3).register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs), with_kwargs=True)
 

@@ -12,7 +12,7 @@ from tests.parity.probe import WIDTH, ProbeModule, probe
 BACKEND = "aot_eager"  # the whole tracing machinery without a compiler
 
 
-@probe()
+@probe(once=True)
 class CompiledBlocks(ProbeModule):
     """`torch.compile(block)` wraps a unit, `block.compile()` replaces its inner call."""
 
@@ -21,7 +21,7 @@ class CompiledBlocks(ProbeModule):
         self.blocks[2].compile(backend=BACKEND)
 
 
-@probe()
+@probe(once=True)
 class CompiledInside(ProbeModule):
     """A compiled layer inside a unit, and a compiled function that calls a unit."""
 
@@ -33,7 +33,7 @@ class CompiledInside(ProbeModule):
         return cast(Tensor, self.call(self.blocks[0], super().trunk(x)))
 
 
-@probe()
+@probe(once=True)
 class CompiledRoot(ProbeModule):
     """The whole forward is compiled: every unit call is a graph break."""
 

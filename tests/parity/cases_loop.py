@@ -208,7 +208,7 @@ class LossScaling(ProbeModule):
         return loss * float("inf") if self.training and self.trainer.global_step == 2 and not self.losses[2:] else loss
 
 
-@probe(detect_anomaly=True)
+@probe(detect_anomaly=True, max_epochs=1, once=True)
 class AnomalyMode(ProbeModule):
     """Anomaly mode checks every gradient and keeps a stack per node."""
 
@@ -251,7 +251,7 @@ class Metrics(ProbeModule):
         loss = cast(Tensor, prediction.pow(2).mean())
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log("mean", self.mean, on_epoch=True)
-        self.log_dict(self.accuracy, on_epoch=True)  # type: ignore[arg-type]
+        self.log_dict(self.accuracy, on_epoch=True)
         self.log("float", 0.5)
         self.record_loss(loss)
         return loss

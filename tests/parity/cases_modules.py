@@ -58,7 +58,7 @@ class Reparametrised(ProbeModule):
     def build(self) -> None:
         weight_norm(self.block(0).up)
         spectral_norm(self.block(1).down)
-        nn.utils.weight_norm(self.block(2).up)  # type: ignore[no-untyped-call]
+        nn.utils.weight_norm(self.block(2).up)
 
 
 @probe(max_epochs=3)

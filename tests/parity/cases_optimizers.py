@@ -60,4 +60,5 @@ for _name in OPTIMIZERS:
         hazard="The user's optimizer steps on host parameters with host state, and both are equal to the plain run's.",
         module=lambda name=_name: OptimizerProbe(name),  # type: ignore[misc]
         options={"gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
+        once=True,
     )

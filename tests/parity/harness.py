@@ -26,7 +26,7 @@ from __future__ import annotations
 import functools
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -55,6 +55,7 @@ __all__ = [
 
 SEED = 0
 ALL_UNITS = 999
+MARKS: dict[Device, list[pytest.MarkDecorator]] = {"cpu": [], "emu": [pytest.mark.emu]}
 
 
 class Window(NamedTuple):
@@ -166,12 +167,16 @@ def loads(strategy: Strategy) -> int:
     return int(cast(Any, strategy).report().num_loads)
 
 
-def placements(cases: Iterable[ParityCase]) -> list[Any]:
-    """Return the (case, device) pairs as parameters of a test, an emulated device marked as such."""
+def placements(cases: Iterable[ParityCase], windows: Sequence[Window]) -> list[Any]:
+    """Return (case, device, window) as parameters of a test, an emulated device marked as such.
+
+    The windows of one case and device are neighbours, so that they share the reference run.
+    """
     return [
-        pytest.param(case, device, id=f"{case.name}-{device}", marks=[pytest.mark.emu] if device == "emu" else [])
+        pytest.param(case, device, window, id=f"{case.name}-{device}-{window}", marks=MARKS[device])
         for case in cases
         for device in case.devices
+        for window in windows[: 1 if case.once else None]
     ]
 
 

@@ -164,6 +164,7 @@ class ParityCase:
         devices: where the case runs.
         gap: why a device is missing.
         inherent: what differs by nature, and only in ``extra``; a test asserts that it still does.
+        once: try one window only, where the window is not what is at stake and a run takes long.
     """
 
     name: str
@@ -174,6 +175,7 @@ class ParityCase:
     devices: tuple[Device, ...] = ("cpu", "emu")
     gap: str = ""
     inherent: str = ""
+    once: bool = False
 
     def __post_init__(self) -> None:
         assert self.hazard, f"{self.name}: say the hazard"
@@ -189,6 +191,7 @@ def probe(
     devices: tuple[Device, ...] = ("cpu", "emu"),
     gap: str = "",
     inherent: str = "",
+    once: bool = False,
     **options: Any,
 ) -> Callable[[ModuleT], ModuleT]:
     """Register a module class as a case: its docstring is the hazard, ``options`` go to the Trainer.
@@ -203,7 +206,7 @@ def probe(
     def register(module: ModuleT) -> ModuleT:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", module.__name__).lower()
         hazard = " ".join((module.__doc__ or "").split())
-        CASES[name] = ParityCase(name, hazard, module, options, devices=devices, gap=gap, inherent=inherent)
+        CASES[name] = ParityCase(name, hazard, module, options, devices=devices, gap=gap, inherent=inherent, once=once)
         return module
 
     return register

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.parity.harness import Window, streamed, trainer
 from tests.parity.probe import Block, ProbeModule, fixed_batches
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.emu, pytest.mark.usefixtures("emu")]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.emu]
 
 NUM_BLOCKS = 8
 WINDOW = Window(2, 1)
@@ -168,10 +168,11 @@ def test_nothing_is_held_after_a_failed_fit(where: str) -> None:
         failed = True
     finally:
         set_capacity(None)
-    del run
-    gc.collect()
     assert failed
-    assert used_bytes() == base, "the module is alive, its device memory is not wanted any more"
+    del run
+    module.trainer = None  # the loops of an ordinary Trainer hold the last batch
+    gc.collect()
+    assert used_bytes() == base, "the module is alive, but nothing of it belongs on the device any more"
 
 
 def test_nothing_is_held_after_an_ordinary_end() -> None:

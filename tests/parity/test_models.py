@@ -8,10 +8,7 @@ from tests.parity.harness import ALL_UNITS, Window, assert_equal, placements, ru
 from tests.parity.models import MODELS, NUM_BATCHES, model_case
 from tests.parity.probe import Device, ParityCase
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.usefixtures("_device"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 WINDOWS = (
     Window(1, 1),
@@ -22,13 +19,14 @@ WINDOWS = (
 )
 
 
+FEW_WINDOWS = (Window(2, 1), Window(3, 2, max_delay_ms=1.0))
+
 PLAIN = [model_case(name) for name in MODELS]
 FUSED = [model_case(name, fused=True) for name in ("gpt2", "llama_tied", "resnet")]
 GENERATING = [model_case(name, generate=True) for name, spec in MODELS.items() if spec.generates]
 
 
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize(("case", "device"), placements(PLAIN))
+@pytest.mark.parametrize(("case", "device", "window"), placements(PLAIN, WINDOWS))
 def test_losses_weights_and_predictions_equal_the_ordinary_run(
     case: ParityCase, device: Device, window: Window
 ) -> None:
@@ -38,13 +36,12 @@ def test_losses_weights_and_predictions_equal_the_ordinary_run(
     assert_equal(reference, candidate)
 
 
-@pytest.mark.parametrize(("case", "device"), placements(FUSED))
-def test_fused_updates_equal_the_ordinary_run(case: ParityCase, device: Device) -> None:
-    assert_equal(run_plain(case, device), run_streamed(case, device, Window(2, 1)))
+@pytest.mark.parametrize(("case", "device", "window"), placements(FUSED, [Window(2, 1)]))
+def test_fused_updates_equal_the_ordinary_run(case: ParityCase, device: Device, window: Window) -> None:
+    assert_equal(run_plain(case, device), run_streamed(case, device, window))
 
 
-@pytest.mark.parametrize("window", (Window(2, 1), Window(3, 2, max_delay_ms=1.0)), ids=str)
-@pytest.mark.parametrize(("case", "device"), placements(GENERATING))
+@pytest.mark.parametrize(("case", "device", "window"), placements(GENERATING, FEW_WINDOWS))
 def test_generated_text_equals_the_ordinary_run(case: ParityCase, device: Device, window: Window) -> None:
     reference = run_plain(case, device)
     assert {"greedy", "beams", "sampled"} <= {name for name, _ in reference.extra}

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.parity.harness import Outcome, Window, assert_equal, outcome, streamed, trainer
 from tests.parity.probe import Device, ProbeModule
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_device")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 WINDOW = Window(2, 1)
 

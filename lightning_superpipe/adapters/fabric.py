@@ -1,0 +1,115 @@
+"""``Fabric(strategy="superpipe")``: the user's loop stays, each call of the model is a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.strategies import STRATEGY_REGISTRY, SingleDeviceStrategy
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from torch import nn
+
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.errors import SuperpipeError, UnsupportedError
+from lightning_superpipe.observe.report import Report
+from lightning_superpipe.session import Session
+
+__all__ = ["FabricSuperpipeStrategy"]
+
+_HOST = torch.device("cpu")
+
+
+class FabricSuperpipeStrategy(SingleDeviceStrategy):
+    """Streams every module that Fabric sets up, each through its own window.
+
+    Args:
+        config: all options at once; or give them one by one as ``options``.
+        options: fields of :class:`~lightning_superpipe.SuperpipeConfig`, such as ``k=4, k_prime=2``.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: SuperpipeConfig | None = None,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        checkpoint_io: Any = None,
+        precision: Any = None,
+        **options: Any,
+    ) -> None:
+        self.config = SuperpipeConfig.from_options(**options) if config is None else config
+        super().__init__(_HOST, accelerator, checkpoint_io, precision)
+        # Fabric fills this in, but only where it exists.
+        self.parallel_devices = parallel_devices
+        self._sessions: list[Session] = []
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[0] if self.parallel_devices else _HOST
+
+    def setup_environment(self) -> None:
+        if self.parallel_devices and len(self.parallel_devices) > 1:
+            raise UnsupportedError(
+                f"superpipe streams through one device, but Fabric has {len(self.parallel_devices)}. Use devices=1."
+            )
+        super().setup_environment()
+
+    def module_init_context(self, empty_init: bool | None = None) -> Any:
+        """Build modules on the host: the device would have to hold all of one."""
+        return self.precision.module_init_context()
+
+    def module_to_device(self, module: nn.Module) -> None:
+        """Parameters stay on the host; only what tells the module where it computes changes."""
+        _update_properties(module, device=self.root_device)
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        session = Session(module, self.config, self.root_device, trains=True, owns_root=True)
+        self._sessions.append(session)
+        return _Streamed(module, session)
+
+    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        return super().get_module_state_dict(_inner(module))
+
+    def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        super().load_module_state_dict(_inner(module), state_dict, strict=strict)
+
+    def report(self, index: int = 0) -> Report:
+        """What streaming cost and saved, for the module that was set up as number ``index``.
+
+        Raises:
+            SuperpipeError: no such module.
+        """
+        if index >= len(self._sessions):
+            raise SuperpipeError(f"module {index} was asked for, but {len(self._sessions)} were set up.")
+        return self._sessions[index].report()
+
+    def teardown(self) -> None:
+        """Give all modules back as they were, with their current weights."""
+        while self._sessions:
+            self._sessions.pop().close()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        if "superpipe" not in strategy_registry:
+            strategy_registry.register("superpipe", cls, description="Streams layers between host and device memory")
+
+
+class _Streamed(nn.Module):
+    """What Fabric calls instead of the module: it opens the scope of a step around each call."""
+
+    def __init__(self, module: nn.Module, session: Session) -> None:
+        super().__init__()
+        self.module = module
+        self._session = session
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        mode = "train" if torch.is_grad_enabled() and self.module.training else "evaluate"
+        with self._session.step(mode):
+            return self.module(*args, **kwargs)
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, _Streamed) else module
+
+
+FabricSuperpipeStrategy.register_strategies(STRATEGY_REGISTRY)

@@ -1,0 +1,117 @@
+"""Installation: host bytes go into the store, and modules get their streamed classes; both can be undone and redone."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_superpipe.engine.backend import storage_address
+from lightning_superpipe.engine.calls import OuterOwner, UnitOwner
+from lightning_superpipe.engine.slots import storage_key
+from lightning_superpipe.engine.swap import swap_in, swap_out
+from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.tiers import Tier
+
+if TYPE_CHECKING:
+    from lightning_superpipe.engine.engine import Engine
+
+__all__ = ["Installation"]
+
+
+class Installation:
+    """What an engine changes in a model.
+
+    Args:
+        owns_root: the root itself is called (not only its children), so its class is swapped as well.
+    """
+
+    def __init__(self, engine: Engine, root: nn.Module, tier: Tier, *, owns_root: bool) -> None:
+        self._engine, self._root, self._tier = engine, root, tier
+        for unit in engine.units:
+            self._install(unit)
+        self._outer = self._install_outer(owns_root) if engine.is_separate else []
+        self._optimizer_hooks = _hook_optimizers(engine)
+
+    def _install(self, unit: Unit) -> None:
+        unit.reserve(self._tier)
+        self.adopt([unit])
+        self._engine.gradients.add_group(unit.parameters)
+        self._engine.catalog.add(unit)
+        owner = UnitOwner(self._engine, unit)
+        for module in unit.members.values():
+            swap_in(module, owner)
+
+    def _install_outer(self, owns_root: bool) -> list[nn.Module]:
+        inside = {id(module) for unit in self._engine.units for module in unit.module.modules()}
+        outer = [
+            module
+            for module in self._root.modules()
+            if id(module) not in inside
+            and (owns_root or module is not self._root)
+            and not isinstance(module, torch.jit.ScriptModule)
+            and not hasattr(module, "_orig_mod")
+            and not hasattr(module, "add_state")  # metrics move their state themselves
+        ]
+        for module in outer:
+            swap_in(module, OuterOwner(self._engine, module))
+        return outer
+
+    def adopt(self, units: Sequence[Unit]) -> None:
+        """Bring host bytes into the store, where they are not there yet."""
+        straying = [unit for unit in units if unit.strays()]
+        owners = None
+        if straying and not self._engine.is_separate:
+            tensors = [*self._root.parameters(), *self._root.buffers()]
+            owners = Counter(storage_key(tensor) for tensor in tensors if storage_address(tensor) is not None)
+        for unit in straying:
+            unit.adopt(owners)
+
+    def rescan(self, unit: Unit) -> None:
+        """Read a unit's modules afresh: the user changed them, or some of its parameters became anchors."""
+        engine = self._engine
+        if unit.slot is not None:
+            engine.residency.evict(unit)
+        for module in unit.members.values():
+            swap_out(module)
+        engine.residency.forget(unit)
+        engine.catalog.remove(unit)
+        unit.scan()
+        self._install(unit)
+        if unit.num_bytes > engine.slots.slot_bytes:
+            for other in engine.units:
+                if other.slot is not None:
+                    engine.residency.evict(other)
+            engine.residency.grow_slots(unit.num_bytes)
+
+    def remove(self) -> None:
+        """Give every module its own class back; host parameters keep their memory."""
+        for hook in self._optimizer_hooks:
+            hook.remove()
+        for unit in self._engine.units:
+            for module in unit.members.values():
+                swap_out(module)
+        for module in self._outer:
+            swap_out(module)
+        self._outer.clear()
+
+
+def _hook_optimizers(engine: Engine) -> list[Any]:
+    """Any optimizer's step may write host parameters: nothing reads them meanwhile, and what was loaded is stale."""
+    engine_ref = weakref.ref(engine)
+
+    def before(*_: Any) -> None:
+        if (engine := engine_ref()) is not None:
+            engine.residency.fence_host_reads()
+
+    def after(*_: Any) -> None:
+        if (engine := engine_ref()) is not None:
+            engine.residency.epoch += 1
+            engine.anchors.epoch += 1
+
+    return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]

@@ -1,0 +1,250 @@
+"""Each fence holds under the worst timing, and without it the same timing gives wrong numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.engine.gradients import GradientReturn, HostLane
+from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
+from lightning_superpipe.engine.residency import Residency
+from lightning_superpipe.engine.slots import Slot, SlotPool
+from lightning_superpipe.engine.thread_lanes import ThreadLanes
+from lightning_superpipe.observe.trace import Lane
+from tests.engine.held_lanes import HeldLanes
+from tests.engine.late_lanes import LANE_ORDERS, LaneOrder, LateCompute, LateLanes
+from tests.engine.tiny import CPU, WIDTH, Result, batches, chain, is_equal, open_engine, train
+
+WINDOWS = ((1, 1), (2, 1), (2, 2), (3, 2), (4, 1), (6, 3))
+COMPUTE_FIRST: LaneOrder = (Lane.COMPUTE, Lane.H2D, Lane.D2H)
+ARRIVALS_FIRST: LaneOrder = (Lane.H2D, Lane.COMPUTE, Lane.D2H)
+GRADIENTS_FIRST: LaneOrder = (Lane.D2H, Lane.COMPUTE, Lane.H2D)
+
+
+@cache
+def reference() -> Result:
+    return train(chain(5, dropout=0.1), batches(3))
+
+
+def train_late(order: LaneOrder | int, *, k: int = 2, k_prime: int = 1) -> Result:
+    """Train on a device that computes asynchronously."""
+    module, lanes = chain(5, dropout=0.1), LateLanes(CPU, order)
+    # No poison: its kernel would run at once, before the compute that is queued on the slot.
+    with open_engine(module, lanes, k=k, k_prime=k_prime, poison=False) as engine:
+        lanes.attend(engine.gradients)
+        return train(module, batches(3), partial(engine.step, "train"), partial(LateCompute, lanes, engine.slots))
+
+
+def train_held(held: Lane) -> Result:
+    """Train with copy threads, the copies of one direction as late as can be."""
+    module, lanes = chain(5, dropout=0.1), HeldLanes(CPU, held)
+    with open_engine(module, lanes) as engine:
+        lanes.attend(engine.gradients)
+        return train(module, batches(3), partial(engine.step, "train"))
+
+
+# -- with all fences
+
+
+@pytest.mark.parametrize(("k", "k_prime"), WINDOWS)
+@pytest.mark.parametrize("order", LANE_ORDERS, ids=lambda order: "-".join(lane.value for lane in order))
+def test_every_order_of_lanes_gives_the_same_numbers(order: LaneOrder, k: int, k_prime: int) -> None:
+    assert is_equal(train_late(order, k=k, k_prime=k_prime), reference())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_interleavings_give_the_same_numbers(seed: int) -> None:
+    k, k_prime = WINDOWS[seed % len(WINDOWS)]
+    assert is_equal(train_late(seed, k=k, k_prime=k_prime), reference())
+
+
+@pytest.mark.parametrize("held", [Lane.H2D, Lane.D2H], ids=str)
+def test_copy_threads_may_be_as_late_as_they_like(held: Lane) -> None:
+    assert is_equal(train_held(held), reference())
+
+
+@pytest.mark.parametrize(("k", "k_prime"), WINDOWS)
+def test_randomly_late_copy_threads_give_the_same_numbers(k: int, k_prime: int) -> None:
+    module = chain(5, dropout=0.1)
+    lanes = ThreadLanes(CPU, None, max_delay_ms=1.0, seed=k)
+    with open_engine(module, lanes, k=k, k_prime=k_prime, seed=k) as engine:
+        assert is_equal(train(module, batches(3), partial(engine.step, "train")), reference())
+
+
+# -- without one of them
+
+Patch = pytest.MonkeyPatch
+
+
+def without_arrival(patch: Patch) -> None:
+    """Compute does not wait for the copy of its weights."""
+    for lanes in (LateLanes, HeldLanes):
+        patch.setattr(lanes, "compute_waits", lambda self, event, unit: None)
+
+
+def without_slot_fence(patch: Patch) -> None:
+    """A copy into a slot does not wait for the compute that reads the slot."""
+    give_back = SlotPool.give_back
+
+    def unfenced(self: SlotPool, slot: Slot, *, free_after: Event) -> None:
+        give_back(self, slot, free_after=free_after)
+        slot.free_after = None
+
+    patch.setattr(SlotPool, "give_back", unfenced)
+
+
+def without_ready_gradient(patch: Patch) -> None:
+    """A gradient's copy does not wait for the compute that makes it."""
+    d2h = Lanes.d2h
+
+    def unfenced(self: Lanes, copies: Sequence[Copy], *, after: Sequence[Event], label: Label) -> Event:
+        return d2h(self, copies, after=(), label=label)
+
+    patch.setattr(Lanes, "d2h", unfenced)
+
+
+def without_held_gradient(patch: Patch) -> None:
+    """Nobody holds a gradient until its copy is done."""
+    submit = HostLane.submit
+
+    def holding_nothing(self: HostLane, job: Callable[[], None], *, after: Event) -> None:
+        assert isinstance(job, partial)
+        parameter, gradient, *rest = job.args
+        assert isinstance(gradient, Tensor)
+        submit(self, partial(job.func, parameter, SimpleNamespace(nbytes=gradient.nbytes), *rest), after=after)
+
+    patch.setattr(HostLane, "submit", holding_nothing)
+
+
+def without_landing(patch: Patch) -> None:
+    """Backward ends before the gradients have landed."""
+    patch.setattr(GradientReturn, "finish", lambda self: None)
+
+
+class Removal(NamedTuple):
+    """A fence taken away, and the order of lanes that shows it."""
+
+    remove: Callable[[Patch], None]
+    order: LaneOrder
+
+
+REMOVALS = [
+    Removal(without_arrival, COMPUTE_FIRST),
+    Removal(without_slot_fence, ARRIVALS_FIRST),
+    Removal(without_ready_gradient, GRADIENTS_FIRST),
+    Removal(without_held_gradient, COMPUTE_FIRST),
+    Removal(without_landing, COMPUTE_FIRST),
+]
+
+
+@pytest.mark.parametrize("removal", REMOVALS, ids=lambda removal: removal.remove.__name__)
+def test_numbers_are_wrong(removal: Removal, monkeypatch: Patch) -> None:
+    removal.remove(monkeypatch)
+    assert not is_equal(train_late(removal.order), reference())
+
+
+@pytest.mark.parametrize(
+    ("remove", "held"), [(without_arrival, Lane.H2D), (without_landing, Lane.D2H)], ids=lambda value: str(value)
+)
+def test_numbers_of_copy_threads_are_wrong(remove: Callable[[Patch], None], held: Lane, monkeypatch: Patch) -> None:
+    remove(monkeypatch)
+    assert not is_equal(train_held(held), reference())
+
+
+# -- the host writes to weights that a copy still reads
+
+
+def forward_then_update(update: Callable[[Any], None]) -> bool:
+    """Whether a forward, queued before an update of the host's weights, computes with the weights before it."""
+    x = batches(1)[0]
+    module = chain(3)
+    expected = module(x)
+    lanes = LateLanes(CPU, COMPUTE_FIRST)
+    with open_engine(module, lanes, k=3, poison=False) as engine, engine.step("train"), torch.no_grad():
+        with LateCompute(lanes, engine.slots):
+            y = module(x)
+        update(module)
+        lanes.finish()
+        return torch.equal(y, expected)
+
+
+def step_of_optimizer(module: Any) -> None:
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(module.parameters(), fused=True).step()
+
+
+def write_through_data(module: Any) -> None:
+    for parameter in module.parameters():
+        parameter.data.mul_(2)
+
+
+def write_in_place(module: Any) -> None:
+    for parameter in module.parameters():
+        parameter.mul_(2)
+
+
+UPDATES = [step_of_optimizer, write_through_data, write_in_place]
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_host_weights_are_written_only_after_copies_have_read_them(update: Callable[[Any], None]) -> None:
+    assert forward_then_update(update)
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_weights_are_torn_without_that_fence(update: Callable[[Any], None], monkeypatch: Patch) -> None:
+    monkeypatch.setattr(Residency, "fence_host_reads", lambda self: None)
+    assert not forward_then_update(update)
+
+
+def test_evaluation_ends_only_after_copies_have_read_host_weights(monkeypatch: Patch) -> None:
+    # The plan of a repeated forward prefetches for the next one; the program may write to weights before it comes.
+    module, lanes = chain(5), LateLanes(CPU, COMPUTE_FIRST)
+    with open_engine(module, lanes, k=2, poison=False) as engine:
+        with engine.step("validate", is_undisturbed=True), torch.no_grad():
+            module(batches(1)[0])
+        assert all(not queue for lane, queue in lanes._queues.items() if lane is Lane.H2D)
+        monkeypatch.setattr(Residency, "fence_host_reads", lambda self: None)
+        with engine.step("validate", is_undisturbed=True), torch.no_grad(), LateCompute(lanes, engine.slots):
+            module(batches(1)[0])
+        assert lanes._queues[Lane.H2D]
+
+
+# -- anchors
+
+
+def use_anchor_twice(lanes: LateLanes, update: Callable[[Engine, Tensor], None]) -> bool:
+    """Whether compute reads an anchor as it was when the compute was queued, before and after a change at home."""
+    module, x = chain(2), torch.ones(1, WIDTH)
+    weight = module.blocks[0].up.weight
+    with open_engine(module, lanes, poison=False) as engine:
+        expected = [x @ weight.detach().t(), x @ (2 * weight.detach()).t()]
+        results = []
+        with torch.no_grad():
+            with LateCompute(lanes, engine.slots):
+                results.append(x @ engine.anchors.twin(weight).t())
+            update(engine, weight)
+            with LateCompute(lanes, engine.slots):
+                results.append(x @ engine.anchors.twin(weight).t())
+        lanes.finish()
+    return all(map(torch.equal, results, expected))
+
+
+def double_at_home(engine: Engine, weight: Tensor) -> None:
+    engine.lanes.compute_event().synchronize()  # the first copy has been read and used
+    weight.mul_(2)
+
+
+def double_at_home_late(engine: Engine, weight: Tensor) -> None:
+    """Only the copy has been read; what computes with it is still queued."""
+    anchors: Any = engine.anchors
+    anchors.last_copy.synchronize()
+    weight.mul_(2)
