@@ -6,6 +6,7 @@ the weights out: each time the host must hold all of it twice.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -88,10 +89,8 @@ def _write(checkpoint: dict[str, Any], draft: Path) -> None:
 
 
 def _remove(draft: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # it replaced the file, or was never made
         draft.unlink()
-    except OSError:  # replaced, or never made
-        pass
 
 
 def _os_error(error: BaseException) -> OSError | None:

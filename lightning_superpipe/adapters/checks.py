@@ -59,8 +59,8 @@ def remarks(session: Session) -> Iterator[str]:
     slots, total = session.k * units.largest.num_bytes, units.streamed_bytes + units.anchor_bytes
     if session.is_emulated:
         yield (
-            f"there is no accelerator to stream to, so streaming is emulated: {session.k} units at a time are copied to "
-            f"slots in host memory ({_size(slots)}), beside the model itself ({_size(total)})"
+            f"there is no accelerator, so streaming is emulated: {session.k} units at a time are copied to slots in "
+            f"host memory ({_size(slots)}), beside the model itself ({_size(total)})"
         )
     if slots + units.anchor_bytes >= total:
         anchors = f" and {_size(units.anchor_bytes)} of anchors" if units.anchor_bytes else ""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_superpipe.adapters.checkpoint import CheckpointMixin
 from lightning_superpipe.adapters.strategy import SuperpipeMixin

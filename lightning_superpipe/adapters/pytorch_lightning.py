@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning_fabric.plugins import TorchCheckpointIO
 from lightning_fabric.utilities.device_dtype_mixin import _update_properties
-from lightning_fabric.utilities.rank_zero import rank_zero_info
 from pytorch_lightning.strategies import SingleDeviceStrategy, StrategyRegistry
+from pytorch_lightning.utilities import rank_zero_info
 
 from lightning_superpipe.adapters.checkpoint import CheckpointMixin
 from lightning_superpipe.adapters.strategy import SuperpipeMixin

@@ -7,31 +7,25 @@ class made of this mixin and its own ``SingleDeviceStrategy``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_undisturbed
+from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
 from lightning_superpipe.config import SuperpipeConfig
-from lightning_superpipe.errors import SuperpipeError, UnsupportedError
+from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated
 
-if TYPE_CHECKING:
-    _Base: Any
-else:
-    _Base = object
-
 __all__ = ["SuperpipeMixin"]
 
-_HOST = torch.device("cpu")
 
-
-class SuperpipeMixin(_Base):  # type: ignore[misc]  # both namespaces' SingleDeviceStrategy, which share no class
+class SuperpipeMixin(OneDeviceMixin):
     """A single-device strategy that streams the module.
 
     Everything of the trainer's stays: the module's parameters, gradients and optimizer states are ordinary tensors on
@@ -43,6 +37,7 @@ class SuperpipeMixin(_Base):  # type: ignore[misc]  # both namespaces' SingleDev
     """
 
     strategy_name = "superpipe"
+    _checkpoint_io: Any
     _checkpoint_io_class: ClassVar[Callable[[], Any]]
     _set_device: ClassVar[Callable[..., None]]
     _tell: ClassVar[Callable[[str], None]]
@@ -58,13 +53,11 @@ class SuperpipeMixin(_Base):  # type: ignore[misc]  # both namespaces' SingleDev
         **options: Any,
     ) -> None:
         self.config = _merged(config, options)
-        super().__init__(_HOST, accelerator, checkpoint_io, precision_plugin)
-        # The trainer fills this in, but only where it exists.
-        self.parallel_devices = parallel_devices
+        super().__init__(HOST, accelerator, checkpoint_io, precision_plugin)
+        self._asked_devices = parallel_devices
         self._session: Session | None = None
         self._last_session: Session | None = None
         self._fused = FusedChoice()
-        self._states_stay_home = False
         self._said: set[str] = set()
 
     # -- what users ask
@@ -103,64 +96,7 @@ class SuperpipeMixin(_Base):  # type: ignore[misc]  # both namespaces' SingleDev
             self._said.add(message)
             type(self)._tell(message)
 
-    # -- devices
-
-    @property
-    def root_device(self) -> torch.device:
-        return _HOST if self._states_stay_home else self.compute_device
-
-    @property
-    def compute_device(self) -> torch.device:
-        """Where the module computes."""
-        return self.parallel_devices[0] if self.parallel_devices else _HOST
-
-    @contextlib.contextmanager
-    def _at_home(self) -> Iterator[None]:
-        """The base class puts new modules and optimizer states on the root device: inside, that is the host."""
-        before, self._states_stay_home = self._states_stay_home, True
-        try:
-            yield
-        finally:
-            self._states_stay_home = before
-
-    @property
-    def num_nodes(self) -> int:
-        """Always one."""
-        return 1
-
-    @num_nodes.setter
-    def num_nodes(self, value: int) -> None:
-        if value != 1:
-            raise UnsupportedError(
-                f"num_nodes={value}: superpipe streams through one device of one node. Use num_nodes=1."
-            )
-
-    @property
-    def _layer_sync(self) -> None:
-        return None
-
-    @_layer_sync.setter
-    def _layer_sync(self, value: object) -> None:
-        if value is not None:
-            raise UnsupportedError("sync_batchnorm=True needs several devices; superpipe uses one. Leave it out.")
-
     # -- life cycle
-
-    def setup_environment(self) -> None:
-        if self.parallel_devices and len(self.parallel_devices) > 1:
-            raise UnsupportedError(
-                f"superpipe streams through one device, but the trainer has {len(self.parallel_devices)} "
-                f"({', '.join(map(str, self.parallel_devices))}). Use Trainer(devices=1), or devices=[i] to pick one."
-            )
-        super().setup_environment()
-
-    @contextlib.contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Build modules on the host: the device would have to hold all of one."""
-        with contextlib.ExitStack() as stack:
-            with self._at_home():
-                stack.enter_context(super().tensor_init_context(empty_init))
-            yield
 
     def setup(self, trainer: Any) -> None:
         refuse_foreign(trainer)

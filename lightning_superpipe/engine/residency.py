@@ -128,8 +128,11 @@ class Residency:
         assert slot is not None, f"unit {unit.name!r} is evicted but has no slot"
         self._unbind(unit)
         self.copy_back(unit)
+        has_been_used = unit.arrival is None
+        if has_been_used:
+            self.part_with_stashed(unit)
         with raw_tensors():
-            if unit.arrival is None and slot.has_escaped:
+            if has_been_used and slot.has_escaped:
                 self._leave_storage(slot)
             self.slots.give_back(slot, free_after=self.lanes.compute_event())
         unit.slot = unit.arrival = unit.stamp = None

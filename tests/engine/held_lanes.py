@@ -5,19 +5,34 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from lightning_superpipe.engine.gradients import GradientReturn
-from lightning_superpipe.engine.lanes import Event
+from lightning_superpipe.engine.lanes import Copy, Event, Label
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.observe.trace import Lane
 
 __all__ = ["HeldLanes"]
 
 _PATIENCE_S = 60
+
+
+class _HeldEvent:
+    """The end of a held copy; the program's own thread lets copies run by waiting for it."""
+
+    def __init__(self, lanes: HeldLanes, inner: Event) -> None:
+        self._lanes, self._inner = lanes, inner
+
+    def query(self) -> bool:
+        return self._inner.query()
+
+    def synchronize(self) -> None:
+        is_program = threading.current_thread() is threading.main_thread()
+        with self._lanes.opened() if is_program else contextlib.nullcontext():
+            self._inner.synchronize()
 
 
 class HeldLanes(ThreadLanes):
@@ -38,22 +53,22 @@ class HeldLanes(ThreadLanes):
             self._gate.clear()
 
     def attend(self, gradients: GradientReturn) -> None:
-        """Let gradients land while the program waits for them."""
+        """Let held gradients land while the program waits for them."""
         wait = gradients._host.wait
 
         def waiting(until: Callable[[], bool] | None = None) -> None:
-            with self.opened():
+            with self.opened() if self._held is Lane.D2H else contextlib.nullcontext():
                 wait(until)
 
         gradients._host.wait = waiting  # type: ignore[method-assign]
 
-    def compute_waits(self, event: Event, unit: int) -> None:
-        with self.opened():
-            super().compute_waits(event, unit)
-
     def close(self) -> None:
         self._gate.set()
         super().close()
+
+    def _queue(self, lane: Lane, copies: Sequence[Copy], after: Sequence[Event], label: Label) -> Event:
+        done = super()._queue(lane, copies, after, label)
+        return _HeldEvent(self, done) if lane is self._held else done
 
     def _run(self, lane: Lane, job: Any, rng: random.Random) -> None:
         if lane is self._held:
