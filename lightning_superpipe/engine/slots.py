@@ -124,8 +124,9 @@ class SlotPool:
 
     def abandon_storage(self, slot: Slot) -> None:
         """Leave the buffer to whoever still holds views of it, and give the slot a new one."""
+        buffer = self._allocate()  # first: if the device has no room, the slot must still be whole
         del self._by_address[slot.address]
-        slot._replace(self._allocate())
+        slot._replace(buffer)
         self._by_address[slot.address] = slot
         self.num_escapes += 1
 

@@ -77,13 +77,19 @@ class _Place:
     @classmethod
     def of(cls, tensor: Tensor) -> _Place:
         storage = tensor.untyped_storage()
-        shape = (tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
-        return cls(storage.data_ptr(), storage.nbytes(), StorageWeakRef(storage), *shape)
+        weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        size, stride, offset = tensor.size(), tensor.stride(), int(tensor.storage_offset())
+        return cls(storage.data_ptr(), storage.nbytes(), weak, tensor.dtype, size, stride, offset)
+
+    @property
+    def is_freed(self) -> bool:
+        return bool(self.storage.expired())  # type: ignore[no-untyped-call]
 
     def tensor(self) -> Tensor:
         """The memory as a tensor; NaN bytes if it has been freed, for it may be anybody's by now."""
-        if not self.num_bytes or self.storage.expired():
-            return torch.full((self.num_bytes,), 255, dtype=torch.uint8).view(self.dtype)[: self.size.numel()].view(self.size)
+        if not self.num_bytes or self.is_freed:
+            garbage = torch.full((self.size.numel() * self.dtype.itemsize,), 255, dtype=torch.uint8)
+            return garbage.view(self.dtype).view(self.size)
         memory = (ctypes.c_uint8 * self.num_bytes).from_address(self.address)
         return torch.frombuffer(memory, dtype=self.dtype).as_strided(self.size, self.stride, self.offset)
 
@@ -93,6 +99,9 @@ class LateLanes(Lanes):
 
     Args:
         order: which lane goes first when several could; a number draws a lane at random each time.
+
+    Attributes:
+        stray_writes: copies whose target had been freed before they ran.
     """
 
     def __init__(self, device: torch.device, order: LaneOrder | int) -> None:
@@ -102,6 +111,7 @@ class LateLanes(Lanes):
         self._rng = random.Random(order) if isinstance(order, int) else None
         self._lock = threading.RLock()
         self._program_waits = threading.Event()
+        self.stray_writes: list[Label] = []
 
     # -- what the engine calls
 
@@ -110,7 +120,10 @@ class LateLanes(Lanes):
 
         def run() -> None:
             for target, source in places:
-                target.tensor().copy_(source.tensor())
+                if target.is_freed:
+                    self.stray_writes.append(label)
+                else:
+                    target.tensor().copy_(source.tensor())
 
         return self.submit(lane, run, after)
 
@@ -154,7 +167,7 @@ class LateLanes(Lanes):
     def run_until(self, event: LateEvent) -> None:
         """Run operations until the event has passed.
 
-        The engine's own thread runs nothing while the program goes on: that would only make lateness a matter of chance.
+        The engine's own thread runs nothing while the program goes on: that would make lateness a matter of chance.
         """
         if threading.current_thread() is not threading.main_thread():
             assert self._program_waits.wait(timeout=60), "the program never waits for its gradients"

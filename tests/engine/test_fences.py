@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.engine import Engine
-from lightning_superpipe.engine.gradients import GradientReturn, HostLane
-from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
+from lightning_superpipe.engine.gradients import GradientReturn
+from lightning_superpipe.engine.lanes import Copy, Event, HostLane, Label, Lanes
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import Slot, SlotPool
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
@@ -223,6 +223,40 @@ def test_evaluation_ends_only_after_copies_have_read_host_weights(monkeypatch: P
         assert lanes._queues[Lane.H2D]
 
 
+# -- memory
+
+
+@pytest.mark.xfail(reason="growing slots does not wait for prefetches on their way", strict=True)
+def test_nothing_is_copied_into_memory_that_has_been_freed() -> None:
+    """A unit that grows gets larger slots, while prefetches into the old ones are still on their way."""
+    module, lanes = chain(4), LateLanes(CPU, COMPUTE_FIRST)
+    with open_engine(module, lanes, k=3, poison=False) as engine:
+        with engine.step("train"):
+            pass  # a batch that the user skips: what was prefetched for it is never used
+        module.blocks[0].late = nn.Linear(WIDTH, 8 * WIDTH)
+        with engine.step("train"), torch.no_grad(), LateCompute(lanes, engine.slots):
+            module(batches(1)[0])
+        lanes.finish()
+    assert not lanes.stray_writes
+
+
+@pytest.mark.xfail(reason="the event is recorded before the poison is written", strict=True)
+def test_slot_is_free_only_after_its_poison_is_written() -> None:
+    """On an accelerator the poison is one more kernel: a copy that does not wait for it is poisoned too."""
+    poisoned: list[bool] = []
+
+    class Noting(ThreadLanes):
+        def compute_event(self) -> Event:
+            poisoned.append(bool(slot.buffer.eq(255).all()))
+            return super().compute_event()
+
+    with open_engine(chain(2), Noting(CPU, None), k=1) as engine:
+        slot, unit = engine.slots.slots[0], engine.units[0]
+        engine.residency.require(unit)
+        engine.residency.evict(unit)
+        assert poisoned[-1:] == [True]
+
+
 # -- anchors
 
 
@@ -278,5 +312,6 @@ def test_anchors_are_torn_without_fences(removal: Removal, monkeypatch: Patch) -
     assert not use_anchor_around(double_once_read, removal.order)
 
 
+@pytest.mark.xfail(reason="the optimizer's hook waits for the copies of units only", strict=True)
 def test_optimizer_waits_for_the_copies_of_anchors() -> None:
     assert use_anchor_around(double_by_optimizer, COMPUTE_FIRST)

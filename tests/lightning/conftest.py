@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+import lightning.pytorch as pl  # sets the levels of its loggers when it is imported
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_lightning() -> Iterator[None]:
-    import lightning.pytorch  # sets the levels when it is imported
-
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    loggers = [logging.getLogger(name) for name in (pl.__name__, "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
