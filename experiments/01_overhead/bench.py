@@ -8,6 +8,7 @@ gradient return, optimizer, Lightning itself.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -95,6 +96,7 @@ class TimedGPT(L.LightningModule):
 
 
 def parse() -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="how often each contender runs")
     parser.add_argument("--steps", type=int, default=12, help="measured steps in a run")
@@ -110,16 +112,14 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run all contenders in rounds, show what they took, and write it down if asked to."""
     options = parse()
     torch.set_num_threads(options.threads)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
-    contenders = [
-        Contender(PLAIN, None),
-        Contender("k = n", 1000),
-        *(Contender(f"k = {k}", k) for k in options.windows),
-    ]
+    windows = [Contender(f"k = {k}", k) for k in options.windows]
+    contenders = [Contender(PLAIN, None), Contender("k = n", options.layers + 9), *windows]
     loads: list[float] = [os.getloadavg()[0]]
     for number in range(options.rounds):
         for place in range(len(contenders)):
@@ -137,7 +137,7 @@ def run(contender: Contender, options: argparse.Namespace) -> None:
     L.seed_everything(SEED, verbose=False)
     module = TimedGPT(options)
     num_steps = options.warm_up + options.steps + 1  # the last step has no end that is seen
-    texts = torch.randint(VOCABULARY, (num_steps * options.batch_size, options.tokens + 1))
+    texts: Any = torch.randint(VOCABULARY, (num_steps * options.batch_size, options.tokens + 1))
     strategy = "auto" if contender.k is None else SuperpipeStrategy(k=contender.k)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -154,7 +154,7 @@ def run(contender: Contender, options: argparse.Namespace) -> None:
     contender.last_loss = module.last_loss.item()
     for kind, times in enumerate((contender.wall_ms, contender.cpu_ms)):
         starts = [start[kind] for start in module.starts[options.warm_up :]]
-        times.append([1e3 * (end - start) for start, end in zip(starts, starts[1:], strict=False)])
+        times.append([1e3 * (end - start) for start, end in itertools.pairwise(starts)])
     if isinstance(strategy, SuperpipeStrategy):
         report = strategy.report()
         contender.loads, contender.num_units = report.last_step.num_loads, report.num_units
@@ -162,6 +162,7 @@ def run(contender: Contender, options: argparse.Namespace) -> None:
 
 
 def show(contenders: list[Contender], loads: list[float]) -> None:
+    """Print a table; the ratios are of medians within one round."""
     plain = contenders[0]
     table = Table("", "step, ms", "over plain", "rounds", "processor time", "added to a use of a unit", "engine alone")
     for contender in contenders:
@@ -184,12 +185,14 @@ def show(contenders: list[Contender], loads: list[float]) -> None:
 
 
 def median_of_all(rounds: list[list[float]]) -> float:
+    """Return the median over all rounds together."""
     return statistics.median(value for times in rounds for value in times)
 
 
 def save(contenders: list[Contender], loads: list[float], options: argparse.Namespace) -> Path:
+    """Write the raw numbers and where they come from."""
     machine = f"{platform.machine()}-{os.cpu_count()}cores"
-    folder = Path(__file__).resolve().parent / options.out
+    folder: Path = Path(__file__).resolve().parent / options.out
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{machine}-{options.threads}threads-{date.today()}.json"
     result = {

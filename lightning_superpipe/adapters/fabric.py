@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.fabric.strategies import STRATEGY_REGISTRY, SingleDeviceStrategy
+from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from torch import nn
 

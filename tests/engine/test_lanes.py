@@ -169,10 +169,9 @@ def test_recording_has_every_copy_that_was_queued_and_none_before(lanes: ThreadL
     lanes.start_recording()
     gate = Gate()
     lanes.h2d([copy_of(1)], after=[gate], label=LABEL)
-    lanes.d2h([copy_of(1)], after=(), label=GRADIENT)
-    mark = lanes.mark()
-    lanes.compute_span("F", 3, mark)
-    gate.open()
+    lanes.d2h([copy_of(1)], after=[gate], label=GRADIENT)
+    lanes.compute_span("F", 3, lanes.mark())
+    threading.Timer(0.05, gate.open).start()  # while it waits for them
     options = {"unit_names": ["u"] * 4, "k": 2, "k_prime": 1, "device": "cpu", "emulated": True}
     recording = lanes.stop_recording().finish(**options, resident_bytes=0, budget_bytes=None)  # type: ignore[arg-type]
     spans = {(span.lane, span.name, span.unit, span.num_bytes) for span in recording.spans}

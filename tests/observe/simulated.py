@@ -74,14 +74,7 @@ def simulate_step(
         changes.append((home, "gradients", -machine.unit_bytes))
         work(Lane.HOST, "U", unit, home, machine.update_s)
 
-    changes.sort()
-    times = [origin_s, *(time for time, _, _ in changes)]
-    by_kind = {
-        kind: list(accumulate([0, *(size if kind == changed else 0 for _, changed, size in changes)]))
-        for kind in ("gradients", "activations")
-    }
-    for time, gradients, activations in zip(times, by_kind["gradients"], by_kind["activations"], strict=True):
-        recorder.sample(time, k * machine.unit_bytes, machine.anchor_bytes, gradients, activations)
+    _sample(recorder, changes, origin_s, slots=k * machine.unit_bytes, anchors=machine.anchor_bytes)
     return recorder.finish(
         unit_names=[f"net.blocks.{unit}" for unit in forward],
         k=k,
@@ -92,3 +85,17 @@ def simulate_step(
         budget_bytes=budget_bytes,
         versions={"torch": "2.13.0"},
     )
+
+
+def _sample(
+    recorder: Recorder, changes: list[tuple[float, str, int]], origin_s: float, *, slots: int, anchors: int
+) -> None:
+    """Record the memory after each change (time, kind, bytes)."""
+    changes.sort()
+    times = [origin_s, *(time for time, _, _ in changes)]
+    by_kind = {
+        kind: list(accumulate([0, *(size if kind == changed else 0 for _, changed, size in changes)]))
+        for kind in ("gradients", "activations")
+    }
+    for time, gradients, activations in zip(times, by_kind["gradients"], by_kind["activations"], strict=True):
+        recorder.sample(time, slots, anchors, gradients, activations)
