@@ -11,7 +11,7 @@ from humanize import naturalsize
 from lightning_superpipe.errors import SuperpipeWarning, UnsupportedError
 from lightning_superpipe.session import Session
 
-__all__ = ["refuse_foreign", "remarks", "runs_undisturbed"]
+__all__ = ["refuse_foreign", "remarks", "runs_undisturbed", "turns_undisturbed"]
 
 _NAMESPACES = ("lightning", "pytorch_lightning")
 _COPIERS = frozenset(("WeightAveraging", "StochasticWeightAveraging"))
@@ -26,6 +26,7 @@ _REFUSED_PRECISIONS = {
 _HOOK_PREFIX = "on_"
 _HOOKS = frozenset(("backward", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step"))
 _HOOKS |= {"configure_gradient_clipping", "manual_backward"}
+_TURN_HOOKS = frozenset(("on_before_backward", "on_before_zero_grad", "optimizer_zero_grad", "backward"))
 
 
 def refuse_foreign(trainer: Any) -> None:
@@ -81,10 +82,23 @@ def runs_undisturbed(module: Any) -> bool:
     return not _overrides_hooks(module) and all(map(_is_harmless, module.trainer.callbacks))
 
 
+def turns_undisturbed(module: Any) -> bool:
+    """Whether no user code runs between a training step's forward and its backward: the last units may stay."""
+    if module is None or getattr(module, "_trainer", None) is None:
+        return False
+    # The framework's callbacks too: a LambdaCallback carries its user's hooks on itself.
+    return all(_TURN_HOOKS.isdisjoint(_own_names(thing)) for thing in (module, *module.trainer.callbacks))
+
+
 def _overrides_hooks(module: Any) -> bool:
     """Whether a module defines hooks outside the framework, in its classes or on itself."""
-    own = [vars(base) for base in type(module).__mro__ if not _is_framework(base)]
-    return any(name.startswith(_HOOK_PREFIX) or name in _HOOKS for names in (vars(module), *own) for name in names)
+    return any(name.startswith(_HOOK_PREFIX) or name in _HOOKS for name in _own_names(module))
+
+
+def _own_names(thing: Any) -> set[str]:
+    """What a user has defined on a thing or in its classes."""
+    own = [vars(base) for base in type(thing).__mro__ if not _is_framework(base)]
+    return {name for names in (vars(thing), *own) for name in names}
 
 
 def _is_harmless(callback: Any) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_undisturbed
+from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_undisturbed, turns_undisturbed
 from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
@@ -168,7 +168,7 @@ class SuperpipeMixin(OneDeviceMixin):
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         if self._session is not None:
-            self._session.begin_backward(is_undisturbed=runs_undisturbed(self.lightning_module))
+            self._session.begin_backward(is_undisturbed=turns_undisturbed(self.lightning_module))
         super().pre_backward(closure_loss)
 
     def post_backward(self, closure_loss: Tensor) -> None:
@@ -220,7 +220,7 @@ class SuperpipeMixin(OneDeviceMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainers are pickled and deep-copied; a session belongs to one module in one process.
-        return {**super().__getstate__(), "_session": None, "_last_session": None, "_fused": FusedChoice()}
+        return {**super().__getstate__(), "_session": None, "_last_session": None}
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

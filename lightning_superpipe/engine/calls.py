@@ -58,7 +58,8 @@ class UnitOwner(_EngineOwner):
             return self._run_transformed(forward, args, kwargs)
         if engine.is_separate and not unit.num_active:
             args, kwargs = _aligned(args, engine.device), _aligned(kwargs, engine.device)
-        return self._run(forward, args, kwargs)
+        with pause(engine.watch):  # the engine's own work, and the unit's, are nobody's reads outside
+            return self._run(forward, args, kwargs)
 
     def _leave_device(self) -> None:
         if self._unit.slot is not None and not self._unit.num_active:
@@ -87,7 +88,7 @@ class UnitOwner(_EngineOwner):
         start = engine.lanes.mark() if is_outermost and engine.lanes.recorder is not None else None
         engine.enter(unit)
         try:
-            with pause(engine.watch), engine.saved.saving():
+            with engine.saved.saving():
                 output = forward(*args, **kwargs)
             if is_outermost:
                 output = _without_slot_views(engine, output)

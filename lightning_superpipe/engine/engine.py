@@ -123,6 +123,8 @@ class Engine:
             if op is Op.BACKWARD and unit is self._in_backward and unit.is_bound:
                 return
             start = now() - self.lanes.stall_seconds
+            if unit is not self._in_backward:
+                self.gradients.flush()  # those of the unit before
             self._in_backward = unit if op is Op.BACKWARD else None
             if not unit.num_active:
                 self._prepare(unit)

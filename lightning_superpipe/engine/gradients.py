@@ -20,8 +20,19 @@ from lightning_superpipe.tiers import Tier
 __all__ = ["GradientReturn", "accumulate"]
 
 
+class _Shipment(NamedTuple):
+    """One gradient on its way: from the device, into memory on the host, to its parameter."""
+
+    parameter: nn.Parameter
+    gradient: Tensor
+    landing: Tensor
+
+
 class GradientReturn:
     """Moves gradients from twins to host parameters, in the order in which autograd finishes them.
+
+    The gradients of one unit travel together: a copy and a hand-over between threads per tensor would cost more than
+    the bytes of a small one.
 
     Args:
         limit_bytes: gradients waiting on the device for their copy; above it backward waits for the oldest.
@@ -37,6 +48,8 @@ class GradientReturn:
         self._pin = pin
         self._lock = threading.Lock()
         self._shipped: set[int] = set()
+        self._batch: list[_Shipment] = []
+        self._batch_label: Label | None = None
         self.in_flight_bytes = 0
         self.peak_in_flight_bytes = 0
 
@@ -45,7 +58,7 @@ class GradientReturn:
         self._homes.add_group(parameters)
 
     def ship(self, parameter: nn.Parameter, gradient: Tensor, label: Label) -> None:
-        """Send one final gradient home; the call returns before it is there (see :meth:`finish`).
+        """Send one final gradient home, with others of its unit; see :meth:`flush` and :meth:`finish`.
 
         Gradients that user code must see at once (tensor hooks, ``create_graph``) and those that no lane can carry
         (sparse) are waited for.
@@ -54,15 +67,27 @@ class GradientReturn:
             self.finish()
             accumulate(parameter, gradient.to(parameter.device))
             return
+        if self._batch_label != label:
+            self.flush()
         self._make_room(gradient.nbytes)
         is_first = parameter.grad is None and id(parameter) not in self._shipped
-        target = self._homes.claim(parameter, gradient) if is_first else self._staging(gradient)
-        done = self._lanes.d2h([Copy(target, gradient)], after=[self._lanes.compute_event()], label=label)
+        landing = self._homes.claim(parameter, gradient) if is_first else self._staging(gradient)
         self._shipped.add(id(parameter))
         self._count(gradient.nbytes)
-        # The job holds the device gradient until its copy is done: autograd may reuse the memory after that only
+        self._batch.append(_Shipment(parameter, gradient, landing))
+        self._batch_label = label
+
+    def flush(self) -> None:
+        """Start the copies of all gradients shipped so far: their unit has finished its backward."""
+        batch, label = self._batch, self._batch_label
+        if not batch or label is None:
+            return
+        self._batch, self._batch_label = [], None
+        copies = [Copy(shipment.landing, shipment.gradient) for shipment in batch]
+        done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=label)
+        # The job holds the device gradients until their copies are done: autograd may reuse the memory after that only
         # (test_gradient_is_held_until_its_copy_is_done).
-        self._host.submit(partial(self._publish, parameter, gradient, target, label), after=done)
+        self._host.submit(partial(self._publish, batch, label), after=done)
 
     def finish(self) -> None:
         """Block until every gradient shipped so far is complete on the host.
@@ -70,27 +95,32 @@ class GradientReturn:
         Raises:
             TransferError: a copy failed.
         """
+        self.flush()
         try:
             self._host.wait()
         finally:
             self._shipped.clear()
 
-    def _publish(self, parameter: nn.Parameter, gradient: Tensor, landed: Tensor, label: Label) -> None:
+    def _publish(self, batch: Sequence[_Shipment], label: Label) -> None:
         start = now()
+        num_bytes = 0
         with torch.no_grad():
-            if parameter.grad is None:
-                parameter.grad = landed
-            else:
-                parameter.grad.add_(landed)
-        self._count(-gradient.nbytes)
+            for parameter, gradient, landing in batch:
+                num_bytes += gradient.nbytes
+                if parameter.grad is None:
+                    parameter.grad = landing
+                else:
+                    parameter.grad.add_(landing)
+        self._count(-num_bytes)
         if self._lanes.recorder is not None:
-            self._lanes.recorder.span(Lane.HOST, label.name, label.unit, start, now(), gradient.nbytes)
+            self._lanes.recorder.span(Lane.HOST, label.name, label.unit, start, now(), num_bytes)
 
     def _make_room(self, num_bytes: int) -> None:
         def has_room() -> bool:
             return not self.in_flight_bytes or self.in_flight_bytes + num_bytes <= self._limit_bytes
 
         if not has_room():
+            self.flush()
             self._host.wait(has_room)
 
     def _count(self, num_bytes: int) -> None:
@@ -102,6 +132,8 @@ class GradientReturn:
         return torch.empty_strided(gradient.size(), gradient.stride(), dtype=gradient.dtype, pin_memory=self._pin)
 
     def close(self) -> None:
+        """Finish what is under way and give the memory back; errors are dropped."""
+        self.flush()
         self._host.close()
         self._homes.clear()
 

@@ -154,9 +154,9 @@ class Residency:
 
     def copy_back(self, unit: Unit) -> None:
         """Bring home the parameters that a forward has written to (weight norm, clamping)."""
-        for index, version in enumerate(unit.versions):
-            twin, host = unit.twin(index), unit.parameters[index]
-            if twin._version != version and twin.size() == host.size():
+        for index, (twin, version) in enumerate(zip(unit.twins, unit.versions, strict=False)):
+            host = unit.parameters[index]
+            if twin is not None and twin._version != version and twin.size() == host.size():
                 with raw_tensors():
                     host.data.copy_(twin.data)
                 unit.versions[index] = twin._version

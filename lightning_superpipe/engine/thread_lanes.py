@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -160,8 +160,13 @@ class ThreadLanes(Lanes):
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy with one thread: torch's own copy would take the cores from compute."""
-    if target.device.type == source.device.type == "cpu" and target.dtype is torch.uint8:
-        target.numpy()[...] = source.numpy()
+    on_host = target.device.type == source.device.type == "cpu"
+    if on_host and target.is_contiguous() and source.is_contiguous():
+        _bytes(target)[...] = _bytes(source)
     else:
         with torch.no_grad():
             target.copy_(source)
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()

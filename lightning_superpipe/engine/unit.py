@@ -179,10 +179,8 @@ class Unit:
     def point_twins_at(self, slot: Slot) -> None:
         """Let all twins show the bytes in a slot."""
         for index in range(len(self.parameters)):
-            twin = self.twin(index)
-            if index in self.has_own_storage:
-                continue
-            twin.data = self.view(slot, index)
+            if index not in self.has_own_storage:
+                self.twin(index).data = self.view(slot, index)
 
     def num_slot_twins(self) -> int:
         """How many twins point into a slot."""

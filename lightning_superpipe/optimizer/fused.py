@@ -25,6 +25,9 @@ class FusedChoice:
     def __init__(self) -> None:
         self._left_open: WeakKeyDictionary[Optimizer, frozenset[int]] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[type[FusedChoice], tuple[()]]:
+        return FusedChoice, ()  # a copy knows nothing of other processes' optimizers
+
     def choose(self, optimizer: Optimizer, *, sparse: Iterable[Tensor] = ()) -> bool:
         """Turn the fused kernels on where torch has them; say whether any parameter group changed.
 

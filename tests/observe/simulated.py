@@ -36,8 +36,7 @@ def simulate_step(
     origin_s: float = 100.0,
 ) -> Recording:
     """Return the recording of one training step in which ``k_prime`` units move after ``k_prime`` have computed."""
-    machine = machine or Machine()
-    recorder = Recorder()
+    machine, recorder = machine or Machine(), Recorder()
     changes: list[tuple[float, str, int]] = []  # time, kind, bytes
     free = dict.fromkeys(Lane, origin_s)
     done: dict[str, float] = {}
