@@ -73,13 +73,16 @@ def remarks(session: Session) -> Iterator[str]:
 
 
 def runs_undisturbed(module: Any) -> bool:
-    """Whether no user code that could write weights runs between two steps: no own hooks, no own callbacks.
+    """Whether no user code that could write weights runs between two steps: no own hooks, callbacks or optimizers.
 
     Writes through ``parameter.data`` leave no trace, so only then may weights stay on the device from step to step.
     """
     if module is None or getattr(module, "_trainer", None) is None:
         return False
-    return not _overrides_hooks(module) and all(map(_is_harmless, module.trainer.callbacks))
+    if _overrides_hooks(module) or not all(map(_is_harmless, module.trainer.callbacks)):
+        return False
+    # An optimizer may run the closure again at a point of its own (SAM).
+    return all(_is_framework(type(optimizer)) for optimizer in module.trainer.optimizers)
 
 
 def turns_undisturbed(module: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.gradients import GradientReturn
@@ -120,9 +120,9 @@ def without_held_gradient(patch: Patch) -> None:
 
     def holding_nothing(self: HostLane, job: Callable[[], None], *, after: Event) -> None:
         assert isinstance(job, partial)
-        parameter, gradient, *rest = job.args
-        assert isinstance(gradient, Tensor)
-        submit(self, partial(job.func, parameter, SimpleNamespace(nbytes=gradient.nbytes), *rest), after=after)
+        batch, label = job.args
+        batch = [each._replace(gradient=SimpleNamespace(nbytes=each.gradient.nbytes)) for each in batch]
+        submit(self, partial(job.func, batch, label), after=after)
 
     patch.setattr(HostLane, "submit", holding_nothing)
 

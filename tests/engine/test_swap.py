@@ -297,14 +297,17 @@ def test_parametrization_made_while_streaming_can_be_taken_off_afterwards() -> N
     assert type(up) is nn.Linear
 
 
-def test_dtype_may_be_changed_while_streaming_and_the_device_may_not() -> None:
-    module = chain(2)
+@pytest.mark.xfail(reason="a new layout is noticed by old twins only", strict=True)
+@pytest.mark.parametrize("is_used_before", [True, False])
+def test_dtype_may_be_changed_while_streaming(is_used_before: bool) -> None:
+    module, x = chain(2), batches(1)[0]
     with open_engine(module, ThreadLanes(CPU, None)) as engine:
+        if is_used_before:
+            module(x)
         module.to(torch.float64)
         with engine.step("train"):
-            y = module(batches(1)[0].double())
-        assert y.dtype is torch.float64
-        assert torch.equal(y, chain(2).double()(batches(1)[0].double()))
+            y = module(x.double())
+        assert torch.equal(y, chain(2).double()(x.double()))
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float64}
 
 

@@ -145,7 +145,7 @@ def backward(loss: Tensor, **options: bool) -> None:
 
 
 def weight_of(module: Chain, index: int) -> nn.Parameter:
-    return cast(Block, module.blocks[index]).up.weight
+    return cast(nn.Parameter, cast(Block, module.blocks[index]).up.weight)
 
 
 def test_weight_changed_in_place_before_backward_is_an_error_as_ever(module: Chain, engine: Engine) -> None:
@@ -250,7 +250,7 @@ def test_backward_after_the_engine_has_closed_uses_host_weights(module: Chain) -
 def test_graph_holds_neither_the_engine_nor_its_slots(module: Chain) -> None:
     engine = engine_of(module, ThreadLanes(CPU, None))
     loss = forward(module, engine)
-    kept = [weakref.ref(engine), weakref.ref(engine.slots), *map(weakref.ref, engine.units)]
+    kept: list[Any] = [weakref.ref(engine), weakref.ref(engine.slots), *map(weakref.ref, engine.units)]
     engine.close()
     del engine
     gc.collect()

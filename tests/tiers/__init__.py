@@ -1,0 +1,1 @@
+"""Tiers: what every one of them offers, and what is special about each."""
