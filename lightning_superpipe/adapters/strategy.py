@@ -102,8 +102,9 @@ class SuperpipeMixin(OneDeviceMixin):
         refuse_foreign(trainer)
         with self._at_home():
             super().setup(trainer)
-        self._require_session().attend(self.optimizers)
-        self._choose_fused()
+        if trainer.training:  # otherwise the optimizers are those of an earlier fit
+            self._require_session().attend(self.optimizers)
+            self._choose_fused()
 
     def model_to_device(self) -> None:
         """Let the module know where it computes; its parameters stay on the host."""

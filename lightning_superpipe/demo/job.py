@@ -44,13 +44,13 @@ def run(options: argparse.Namespace, command: list[str]) -> None:
     corpus = read_standard_library()
     size = Size(options.layers, options.width, options.context)
     module = ByteGPT(size, num_steps=options.steps, learning_rate=options.learning_rate)
-    print(_introduction(options, module, corpus), flush=True)
     strategy = SuperpipeStrategy(
         k=options.k,
         k_prime=options.k_prime,
         device_memory=options.device_memory,
         record_step=min(_RECORDED_STEP, options.steps - 1),
     )
+    print(_introduction(strategy.config.device_memory, module, corpus), flush=True)
     results = _train_and_write(options, command, module, strategy, corpus)
     paths = write_results(results, options.out)
     print(conclusion(results, corpus.frequency_bits(), paths))
@@ -70,7 +70,7 @@ def _train_and_write(
         report=report,
         recording=recording,
         losses=[loss.item() for loss in module.losses],
-        held_out_bits_per_byte=float(trainer.callback_metrics["held_out_bits_per_byte"]),
+        held_out_bits_per_byte=float(trainer.callback_metrics["bits_per_byte"]),
         seconds=seconds,
         samples=_written(trainer, module),
         command=command,
@@ -95,7 +95,7 @@ def _make_trainer(num_steps: int, strategy: SuperpipeStrategy) -> L.Trainer:
 
 
 def _texts(options: argparse.Namespace, corpus: Corpus) -> tuple[DataLoader[torch.Tensor], DataLoader[torch.Tensor]]:
-    """Return loaders of ``steps`` batches to learn from, and of held-out text; a window has one byte to predict more."""
+    """Return loaders of what to learn from and of held-out text; a window is one byte longer than what is predicted."""
     num_bytes, batch_size = options.context + 1, options.batch_size
     windows = RandomWindows(corpus.train, options.steps * batch_size, num_bytes, seed=options.seed)
     held_out = HeldOutWindows(corpus.held_out, _NUM_HELD_OUT_WINDOWS, num_bytes)
@@ -106,19 +106,19 @@ def _written(trainer: L.Trainer, module: ByteGPT) -> list[str]:
     """Return texts that the network makes up after a prompt."""
     prompts = torch.tensor([list(_PROMPT)] * _NUM_SAMPLES)
     batches = trainer.predict(module, DataLoader(prompts, batch_size=_NUM_SAMPLES))  # type: ignore[arg-type]
-    assert batches, "one batch of prompts gives one batch of texts"
-    texts = (bytes(row).split(bytes([FILE_END]))[0] for row in batches[0].tolist())
+    rows = [row for batch in batches or [] for row in batch]
+    texts = (bytes(row.tolist()).split(bytes([FILE_END]))[0] for row in rows)
     return [text.decode(errors="replace").strip("\n") for text in texts]
 
 
-def _introduction(options: argparse.Namespace, module: ByteGPT, corpus: Corpus) -> str:
+def _introduction(device_memory: int | str | None, module: ByteGPT, corpus: Corpus) -> str:
     num_parameters = sum(parameter.numel() for parameter in module.net.parameters())
     state = naturalsize(num_parameters * _STATE_BYTES, binary=True)
-    text = naturalsize(len(corpus.train), binary=True)
+    text, device = naturalsize(len(corpus.train), binary=True), naturalsize(device_memory or 0, binary=True)
     return (
         f"A GPT-2 with {num_parameters / 1e6:.1f} M parameters learns Python's standard library byte by byte: "
         f"{text} of source in {corpus.num_train_files} files, {corpus.num_held_out_files} more are held out.\n"
-        f"Its weights, gradients and AdamW states take {state}; the device has {options.device_memory}.\n"
+        f"Its weights, gradients and AdamW states take {state}; the device has {device}.\n"
         "The device is emulated in this machine's own memory: this shows that the bytes stay within the budget, not "
         "speed.\n"
     )
@@ -129,4 +129,4 @@ def _quieten() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*number of training batches.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)

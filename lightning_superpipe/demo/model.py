@@ -57,7 +57,6 @@ class ByteGPT(L.LightningModule):
                 activation_function="gelu_pytorch_tanh",
                 bos_token_id=FILE_END,
                 eos_token_id=FILE_END,
-                pad_token_id=FILE_END,
             )
         )
         _recompute_activations(self.net)
@@ -75,19 +74,20 @@ class ByteGPT(L.LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch of held-out text to the metric."""
         self.bits_per_byte.update(self._nats_per_byte(batch) / math.log(2))
-        self.log("held_out_bits_per_byte", self.bits_per_byte)
+        self.log("bits_per_byte", self.bits_per_byte, prog_bar=True)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Continue prompts, shape (B, T), up to the end of the context."""
-        written = self.net.generate(
+        net: Any = self.net  # its own types forbid calling this method
+        written: Tensor = net.generate(
             batch,
             attention_mask=torch.ones_like(batch),
+            pad_token_id=FILE_END,
             max_length=self.net.config.n_positions,
             do_sample=True,
             temperature=0.7,
             top_k=40,
         )
-        assert isinstance(written, Tensor)
         return written
 
     def configure_optimizers(self) -> Any:

@@ -124,7 +124,7 @@ def _verdict(results: Results) -> str:
     peak, budget = results.peak_bytes, results.recording.budget_bytes or 0
     held, allowed = naturalsize(peak, binary=True), naturalsize(budget, binary=True)
     if results.is_within_budget:
-        return f"Budget kept: the device held {held} at most, {allowed} were allowed."
+        return f"Budget kept: the device held {held} at most in the steps measured, {allowed} were allowed."
     return (
         f"BUDGET EXCEEDED: the device held {held}, {allowed} were allowed. Activations are not planned for: "
         "use a smaller --batch-size, or allow more."

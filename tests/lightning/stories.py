@@ -7,9 +7,11 @@ again and every parameter must be the object that it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -17,6 +19,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
+from lightning_superpipe import SuperpipeStrategy
 from tests.parity.harness import Outcome, Window, assert_equal, loads, outcome, streamed, trainer
 from tests.parity.probe import Device, ParityModule, ProbeModule
 
@@ -87,11 +90,28 @@ class Originals:
         assert all(parameter.device.type == "cpu" for parameter in self.module.parameters())
 
 
+@contextlib.contextmanager
+def noting_originals() -> Iterator[None]:
+    """Note each module that a streaming strategy gets inside, and look at all of them in the end."""
+    seen: dict[int, Originals] = {}
+    connect = SuperpipeStrategy.connect
+
+    def noting(strategy: SuperpipeStrategy, model: L.LightningModule) -> None:
+        seen.setdefault(id(model), Originals(model))
+        connect(strategy, model)
+
+    with mock.patch.object(SuperpipeStrategy, "connect", noting):
+        yield
+    for originals in seen.values():
+        originals.assert_kept()
+
+
 def tell(story: Story, device: Device, window: Window | None) -> Outcome:
     """Tell a story once and return what it left."""
     torch.manual_seed(0)
     bench = Bench(device, window)
-    module = story(bench)
+    with noting_originals():
+        module = story(bench)
     assert window is None or bench.num_loads() > 0, "nothing was streamed"
     return outcome(module, module.trainer)
 

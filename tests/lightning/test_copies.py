@@ -147,7 +147,7 @@ TRAINERS: list[Callable[[Bench], Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("story", "device"), devices(TRAINERS, emu=False))
+@pytest.mark.parametrize(("story", "device"), devices(TRAINERS))
 def test_copied_trainers_run_like_ordinary_ones(story: Story, device: Device) -> None:
     assert_same(story, device)
 
@@ -204,7 +204,7 @@ def backward_over_a_graph_that_a_teardown_cut(bench: Bench) -> ProbeModule:
 TEARDOWNS: list[Callable[[Bench], Any]] = [backward_after_teardown, backward_over_a_graph_that_a_teardown_cut]
 
 
-@pytest.mark.parametrize(("story", "device"), devices(TEARDOWNS, emu=False))
+@pytest.mark.parametrize(("story", "device"), devices(TEARDOWNS))
 def test_backward_after_teardown_equals_the_ordinary_one(story: Story, device: Device) -> None:
     assert_same(story, device)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning
-from lightning_superpipe.tiers import HostTier, host
+from lightning_superpipe.tiers import HostTier
 
 MIB = 2**20
 
@@ -116,7 +116,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver(allowed=1000)
-    monkeypatch.setattr(host.torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     return driver
 
 
