@@ -16,4 +16,12 @@ if "pytorch_lightning" in sys.modules:  # importing the second namespace unasked
 
 __version__ = "0.1.0"
 
-__all__ = ["Adversary", "FabricSuperpipeStrategy", "Link", "SuperpipeConfig", "SuperpipeError", "SuperpipeStrategy", "__version__"]
+__all__ = [
+    "Adversary",
+    "FabricSuperpipeStrategy",
+    "Link",
+    "SuperpipeConfig",
+    "SuperpipeError",
+    "SuperpipeStrategy",
+    "__version__",
+]

@@ -29,7 +29,7 @@ class OneDeviceMixin(_Base):  # type: ignore[misc]  # both namespaces' SingleDev
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """What the user asked for; where that is None every trainer fills in its own, so that one may follow another."""
+        """What the user asked for; where that is None each trainer fills in its own, so that one may follow another."""
         return self._asked_devices
 
     @parallel_devices.setter

@@ -23,12 +23,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "The CPU stands in for a device with little memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=_count, default=150, help="training steps")
-    parser.add_argument("--batch-size", type=_count, default=4, help="texts in a step")
+    parser.add_argument("--steps", type=_count, default=300, help="training steps")
+    parser.add_argument("--batch-size", type=_count, default=2, help="texts in a step")
     parser.add_argument("--k", type=_count, default=2, help="most units on the device at once")
     parser.add_argument("--k-prime", type=_count, default=1, help="units moved per transfer")
     parser.add_argument("--device-memory", default="96MiB", help="memory of the emulated device")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--learning-rate", type=float, default=4e-4, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0, help="of weights, dropout, texts and the sample")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for what the run writes")
     for name, default in (("layers", 12), ("width", 384), ("context", 128)):

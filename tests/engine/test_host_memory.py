@@ -39,8 +39,8 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def threads() -> list[str]:
-    return sorted(thread.name for thread in threading.enumerate())
+def threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
 
 
 def wide_chain() -> Chain:
@@ -90,7 +90,8 @@ def test_threads_end_with_their_session() -> None:
     before, module = threads(), wide_chain()
     session = Session(module, SuperpipeConfig(k=2), CPU, trains=True, owns_root=True)
     train(module, batches(1, width=WIDTH), lambda: session.step("train"))
-    assert sorted(set(threads()) - set(before)) == ["superpipe-d2h", "superpipe-h2d", "superpipe-host"]
+    started = sorted(thread.name for thread in threads() - before)
+    assert started == ["superpipe-d2h", "superpipe-h2d", "superpipe-host"]
     session.close()
     assert threads() == before
 

@@ -119,7 +119,7 @@ def interrupted(place: str, error: type[BaseException], *, same_trainer: bool = 
         module, strategy = Fragile(), bench.strategy()
         module.where, module.error = place, error
         originals = Originals(module)
-        run = bench.trainer(strategy, callbacks=[RaisesInCallback()])
+        run = bench.trainer(strategy, callbacks=[RaisesInCallback()], max_epochs=1)
         with pytest.raises((error, RuntimeError, SystemExit)):
             run.fit(module)
         originals.assert_kept()
@@ -127,7 +127,7 @@ def interrupted(place: str, error: type[BaseException], *, same_trainer: bool = 
         module.zero_grad()
         module.record("after the exception", module.eval()(torch.ones(2, module.embed.in_features)))
         module.train()
-        again = run if same_trainer else bench.trainer()
+        again = run if same_trainer else bench.trainer(max_epochs=1)
         again.fit(module)
         again.validate(module, verbose=False)
         originals.assert_kept()
@@ -138,10 +138,10 @@ def interrupted(place: str, error: type[BaseException], *, same_trainer: bool = 
 
 
 STORIES = [interrupted(place, ValueError) for place in PLACES]
-STORIES += [interrupted(place, KeyboardInterrupt) for place in ("unit", "training_step", "on_train_batch_end")]
+KEYBOARD = [interrupted(place, KeyboardInterrupt) for place in ("unit", "training_step", "on_train_batch_end")]
 
 
-@pytest.mark.parametrize(("story", "device"), devices(STORIES))
+@pytest.mark.parametrize(("story", "device"), [*devices(STORIES), *devices(KEYBOARD, emu=False)])
 def test_fit_after_an_interrupted_fit_equals_the_ordinary_one(story: Story, device: Device) -> None:
     assert_same(story, device)
 

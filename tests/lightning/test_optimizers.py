@@ -96,7 +96,7 @@ class Optimised(ProbeModule):
 def trained_by(kind: type[Optimizer]) -> Story:
     def story(bench: Bench) -> Optimised:
         module = Optimised(kind)
-        run = bench.trainer(max_epochs=2, limit_val_batches=0)
+        run = bench.trainer(max_epochs=1, limit_val_batches=0)
         run.fit(module)
         for optimizer in run.optimizers:
             record_state(module, optimizer)
@@ -149,7 +149,7 @@ class Scheduled(ProbeModule):
 def test_every_scheduler_of_torch_equals_the_ordinary_run(schedule: str) -> None:
     def story(bench: Bench) -> Scheduled:
         module = Scheduled(schedule)
-        bench.trainer(max_epochs=2, limit_val_batches=0).fit(module)
+        bench.trainer(max_epochs=1, limit_val_batches=0).fit(module)
         return module
 
     assert_same(story, "cpu")

@@ -1,0 +1,247 @@
+"""Random small modules, windows, timings and loops: always what the plain loop leaves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.session import Session
+from tests.engine.tiny import CPU, WIDTH, Block, Result, batches, is_equal
+
+# -- modules
+
+
+class Gated(nn.Module):
+    """A product of two projections, with a bare parameter and a buffer that counts."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, WIDTH)
+        self.value = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+        self.count = nn.Buffer(torch.zeros(()))
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        y = self.gate(x).sigmoid() * self.value(x) * self.scale
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer over the rows."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.rnn(x[:, None])[0])[:, 0]
+
+
+class Pair(nn.Module):
+    """Two blocks in one."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([Block(dropout=dropout), Block(dropout=dropout)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.inner[1](self.inner[0](x)))
+
+
+KINDS = {"block": lambda dropout: Block(dropout=dropout), "gated": Gated, "recurrent": Recurrent, "pair": Pair}
+
+
+class Op(NamedTuple):
+    """One thing that forward does; what the numbers mean depends on it, modulo how many there are."""
+
+    name: str
+    which: int
+
+
+class Recipe(NamedTuple):
+    """A module, as data: equal recipes make equal modules."""
+
+    stages: tuple[tuple[str, int], ...]
+    """Kind and number of the blocks of each stage."""
+    ops: tuple[Op, ...]
+    tied: tuple[tuple[int, int], ...]
+    frozen: tuple[int, ...]
+    dropout: float
+
+
+class Program(nn.Module):
+    """Does what its recipe says, on x of shape (4, WIDTH)."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Linear(WIDTH, WIDTH)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(KINDS[kind](recipe.dropout) for _ in range(count)) for kind, count in recipe.stages
+        )
+        self.ops = recipe.ops
+        blocks = self.blocks()
+        for left, right in recipe.tied:
+            _tie(blocks[left % len(blocks)], blocks[right % len(blocks)])
+        for which in recipe.frozen:
+            parameters = list(self.parameters())
+            parameters[which % len(parameters)].requires_grad_(False)
+
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in cast(Sequence[nn.Module], stage)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks, kept = self.blocks(), [x]
+        x = self.embed(x)
+        for name, which in self.ops:
+            block = blocks[which % len(blocks)]
+            if name == "call":
+                x = block(x)
+            elif name == "twice":
+                x = block(block(x)).tanh()
+            elif name == "checkpoint":
+                x = checkpoint(block, x, use_reentrant=False)
+            elif name == "keep":
+                kept.append(x)
+            elif name == "skip":
+                x = x + kept[which % len(kept)]
+            elif name == "detour":
+                with torch.no_grad():
+                    x = x + block(x)
+            elif name == "branch":
+                x = blocks[(which + int(x.sum().item() > 0)) % len(blocks)](x)
+            elif name == "read":
+                x = x * next(block.parameters()).mean().tanh()
+        return x.tanh()
+
+
+def _tie(left: nn.Module, right: nn.Module) -> None:
+    """Let two blocks of one kind share a matrix."""
+    for name, parameter in left.named_parameters():
+        if parameter.dim() == 2 and left is not right and type(left) is type(right):
+            owner, _, leaf = name.rpartition(".")
+            setattr(right.get_submodule(owner), leaf, parameter)
+            return
+
+
+# -- strategies
+
+NAMES = ["call", "call", "call", "twice", "checkpoint", "keep", "skip", "detour", "branch", "read"]
+numbers = st.integers(0, 9)
+recipes = st.builds(
+    Recipe,
+    stages=st.lists(st.tuples(st.sampled_from(sorted(KINDS)), st.integers(2, 3)), min_size=1, max_size=3).map(tuple),
+    ops=st.lists(st.builds(Op, st.sampled_from(NAMES), numbers), min_size=1, max_size=10).map(tuple),
+    tied=st.lists(st.tuples(numbers, numbers), max_size=2).map(tuple),
+    frozen=st.lists(st.integers(0, 40), max_size=4).map(tuple),
+    dropout=st.sampled_from([0.0, 0.2]),
+)
+
+
+class Loop(NamedTuple):
+    """How the module is trained."""
+
+    fused: bool
+    num_accumulated: int
+    clips: bool
+    is_undisturbed: bool
+    evaluates: bool
+
+
+loops = st.builds(Loop, st.booleans(), st.integers(1, 2), st.booleans(), st.booleans(), st.booleans())
+
+
+class Window(NamedTuple):
+    """How it is streamed."""
+
+    k: int
+    k_prime: int
+    seed: int
+    is_late: bool
+
+
+windows = st.builds(
+    lambda k, k_prime, seed, is_late: Window(k, min(k, k_prime), seed, is_late),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 99),
+    st.booleans(),
+)
+
+
+def run(module: nn.Module, loop: Loop, device: torch.device, session: Session | None = None) -> Result:
+    """Train for four batches: streamed in a session, else on the device as it is."""
+    if session is None:
+        module.to(device)
+
+    def step(mode: str) -> Any:
+        if session is None:
+            return torch.enable_grad()
+        return session.step(mode, is_undisturbed=loop.is_undisturbed)
+
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    options: dict[str, Any] = {"fused": True} if loop.fused else {"foreach": False}
+    optimizer = torch.optim.AdamW(trained or [nn.Parameter(torch.zeros(1))], lr=1e-2, **options)
+    torch.manual_seed(1)
+    losses = []
+    for index, x in enumerate(batch.to(device) for batch in batches(4)):
+        with step("train"):
+            loss = module(x).pow(2).mean()
+        losses.append(loss.item())
+        if loss.requires_grad:
+            loss.backward()
+        if (index + 1) % loop.num_accumulated == 0:
+            if loop.clips:
+                nn.utils.clip_grad_norm_(trained, 0.01, foreach=False)
+            optimizer.step()
+            optimizer.zero_grad()
+        if loop.evaluates:
+            module.eval()
+            with step("validate"), torch.no_grad():
+                losses.append(module(x).sum().item())
+            module.train()
+    return Result(losses, [tensor.detach().cpu().clone() for tensor in module.state_dict().values()])
+
+
+def check(recipe: Recipe, window: Window, loop: Loop, device: torch.device) -> None:
+    """Compare the streamed run with the ordinary one."""
+    expected = run(Program(recipe), loop, device)
+    module = Program(recipe)
+    classes = [type(each) for each in module.modules()]
+    adversary = Adversary(max_delay_ms=0.2 if window.is_late else 0.0, seed=window.seed)
+    config = SuperpipeConfig(k=window.k, k_prime=window.k_prime, adversary=adversary)
+    session = Session(module, config, device, trains=True, owns_root=True)
+    try:
+        result = run(module, loop, device, session)
+        clone = copy.deepcopy(module)
+    finally:
+        session.close()
+    assert is_equal(result, expected)
+    assert [type(each) for each in module.modules()] == [type(each) for each in clone.modules()] == classes
+    assert {tensor.device.type for tensor in module.state_dict().values()} == {"cpu"}
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=40)
+@given(recipe=recipes, window=windows, loop=loops)
+def test_random_module_trains_as_in_the_plain_loop(recipe: Recipe, window: Window, loop: Loop) -> None:
+    check(recipe, window, loop, CPU)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipe=recipes, window=windows, loop=loops)
+def test_random_module_trains_as_on_its_device(emu: torch.device, recipe: Recipe, window: Window, loop: Loop) -> None:
+    check(recipe, window, loop, emu)
