@@ -70,7 +70,7 @@ def _train_and_write(
         report=report,
         recording=recording,
         losses=[loss.item() for loss in module.losses],
-        held_out_bits_per_byte=float(trainer.callback_metrics["bits_per_byte"]),
+        held_out_bits_per_byte=float(trainer.callback_metrics["val_bits"]),
         seconds=seconds,
         samples=_written(trainer, module),
         command=command,

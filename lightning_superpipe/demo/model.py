@@ -74,7 +74,7 @@ class ByteGPT(L.LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch of held-out text to the metric."""
         self.bits_per_byte.update(self._nats_per_byte(batch) / math.log(2))
-        self.log("bits_per_byte", self.bits_per_byte, prog_bar=True)
+        self.log("val_bits", self.bits_per_byte, prog_bar=True)
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Continue prompts, shape (B, T), up to the end of the context."""

@@ -98,6 +98,12 @@ class Anchors:
                 copy.twin.requires_grad_(parameter.requires_grad)
         return copy.twin
 
+    def fence_host_reads(self) -> None:
+        """Block until no copy reads host memory: the host may be about to write there."""
+        if self.last_copy is not None:
+            self.last_copy.synchronize()
+            self.last_copy = None
+
     def bring_home(self, tensor: Tensor) -> None:
         """The user has written to the device copy of a host tensor: parameters go home now, buffers at a flush."""
         if (parameter := self._twins.get(id(tensor))) is not None:

@@ -148,7 +148,7 @@ class Engine:
                 self._installation.rescan(unit)
 
     def _follow(self, use: Action, unit: Unit) -> None:
-        if self._is_in_step:
+        if self._is_in_step and not unit.num_active:
             self.residency.move(self.follower.before(use, self.residency.resident), needed=unit)
 
     def enter(self, unit: Unit) -> None:
@@ -239,7 +239,12 @@ class Engine:
         if mode != TRAIN:
             self._is_in_step = False
             self.follower.end()
-            self.residency.fence_host_reads()  # the user may write to host parameters as soon as we return
+            self.fence_host_reads()  # the user may write to host parameters as soon as we return
+
+    def fence_host_reads(self) -> None:
+        """Block until no copy reads host memory."""
+        self.residency.fence_host_reads()
+        self.anchors.fence_host_reads()
 
     def invalidate(self) -> None:
         """Load everything afresh at its next use."""
@@ -318,9 +323,13 @@ class Engine:
     def host_state(self, module: nn.Module) -> dict[str, Any]:
         """A module's parameters and buffers as they are on the host, whatever is bound now."""
         self.anchors.flush_buffers()
-        parameters = {name: self.catalog.host_of(held) or held for name, held in module._parameters.items()}
+        parameters = {name: self._host_parameter(held) for name, held in module._parameters.items()}
         buffers = {name: self.anchors.host_buffer(held) for name, held in module._buffers.items()}
         return {"_parameters": parameters, "_buffers": buffers}
+
+    def _host_parameter(self, held: nn.Parameter | None) -> nn.Parameter | None:
+        host = self.catalog.host_of(held)
+        return held if host is None else host
 
     def overhead_us(self) -> float:
         """Mean time that the engine itself takes per use of a unit, waiting not included, in microseconds."""

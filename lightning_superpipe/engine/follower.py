@@ -60,7 +60,7 @@ class Follower:
 
     def before(self, use: Action, resident: Callable[[], Iterable[int]]) -> list[Action]:
         """Note a use; return what the plan moves before it. ``resident`` is asked only if a new plan must be made."""
-        if self._mode is None or (self._trace and self._trace[-1] == use):
+        if self._mode is None:
             return []
         self._trace.append(use)
         due = self._due()

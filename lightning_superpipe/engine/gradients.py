@@ -100,6 +100,7 @@ class GradientReturn:
             self._host.wait()
         finally:
             self._shipped.clear()
+            self.in_flight_bytes = 0  # also where a copy failed and nothing was published
 
     def _publish(self, batch: Sequence[_Shipment], label: Label) -> None:
         start = now()
@@ -201,6 +202,8 @@ def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
         gradient = gradient if changed is None else changed
     if parameter.grad is None:
         parameter.grad = gradient if gradient.requires_grad else gradient.detach()
+    elif parameter.grad.is_sparse and not gradient.is_sparse:
+        parameter.grad = gradient + parameter.grad  # torch adds sparse to dense, not dense to sparse
     elif torch.is_grad_enabled() or parameter.grad.is_sparse or gradient.is_sparse:
         parameter.grad = parameter.grad + gradient
     else:

@@ -107,7 +107,7 @@ def _hook_optimizers(engine: Engine) -> list[Any]:
 
     def before(*_: Any) -> None:
         if (engine := engine_ref()) is not None:
-            engine.residency.fence_host_reads()
+            engine.fence_host_reads()
 
     def after(*_: Any) -> None:
         if (engine := engine_ref()) is not None:

@@ -57,6 +57,7 @@ class Outside:
         """User code takes an alias through which it may write: nothing may read the tensor meanwhile."""
         if self._catalog.unit_of_host(tensor) is not None or self._catalog.is_anchor(tensor):
             self._residency.fence_host_reads()
+            self._anchors.fence_host_reads()
             self._catalog.written(tensor)
 
     def bring_home(self, tensor: Tensor) -> None:

@@ -134,7 +134,7 @@ class Residency:
         with raw_tensors():
             if has_been_used and slot.has_escaped:
                 self._leave_storage(slot)
-            self.slots.give_back(slot, free_after=self.lanes.compute_event())
+            self.slots.give_back(slot, self.lanes.compute_event)
         unit.slot = unit.arrival = unit.stamp = None
 
     def _leave_storage(self, slot: Slot) -> None:
@@ -146,6 +146,7 @@ class Residency:
 
     def grow_slots(self, slot_bytes: int) -> None:
         """Give all slots new memory of another size; nothing may be loaded."""
+        self.fence_host_reads()  # a prefetch that nobody used may still be writing to the old memory
         self.slots.resize(slot_bytes)
         for unit in self.units:
             if (slot := self._last_slot.get(unit.index)) is not None:

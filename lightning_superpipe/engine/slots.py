@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -115,11 +116,11 @@ class SlotPool:
         slot.tenant = unit
         return slot
 
-    def give_back(self, slot: Slot, *, free_after: Event) -> None:
-        """Make a slot free; what computes on it now may finish first."""
+    def give_back(self, slot: Slot, compute_event: Callable[[], Event]) -> None:
+        """Make a slot free; what computes on it now may finish first, and so may the poison."""
         if self._poison:
             slot.buffer.fill_(255)
-        slot.tenant, slot.free_after = None, free_after
+        slot.tenant, slot.free_after = None, compute_event()
         self._free.append(slot)
 
     def abandon_storage(self, slot: Slot) -> None:

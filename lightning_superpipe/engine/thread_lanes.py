@@ -110,10 +110,10 @@ class ThreadLanes(Lanes):
         self.recorder = Recorder()
 
     def stop_recording(self) -> Recorder:
+        for event in self._last.values():
+            event.synchronize()  # copies still queued belong to the recording
         recorder, self.recorder = self.recorder, None
         assert recorder is not None, "stop_recording() without start_recording()"
-        for event in self._last.values():
-            event.synchronize()
         return recorder
 
     @property

@@ -85,6 +85,7 @@ class Unit:
         self.sites = [(site, position[id(site.parameter)]) for site in sites if id(site.parameter) in position]
         self.anchor_sites = [site for site in sites if id(site.parameter) in self._anchors]
         self._signature = _signature(sites)
+        self._layouts = [_layout(parameter) for parameter in self.parameters]
         self.offsets, self.num_bytes = lay_out(self.parameters)
         self.twins = [None] * len(self.parameters)
         self._base_references = [0] * len(self.parameters)
@@ -103,10 +104,7 @@ class Unit:
         """Whether modules, parameters and twins are still those of the last scan."""
         if _signature(self.registered()) != self._signature:
             return False
-        return all(
-            twin is None or (twin.size() == host.size() and twin.dtype == host.dtype and twin.stride() == host.stride())
-            for twin, host in zip(self.twins, self.parameters, strict=True)
-        )
+        return [_layout(parameter) for parameter in self.parameters] == self._layouts
 
     # -- host bytes
 
@@ -296,6 +294,10 @@ def _derived_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             name = getattr(hook, "_tensor_name", getattr(hook, "name", None))
             if isinstance(name, str) and isinstance(inner.__dict__.get(name), Tensor):
                 yield inner, name
+
+
+def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.size(), tensor.stride(), tensor.dtype
 
 
 def _signature(sites: list[Site]) -> list[tuple[int, str, int]]:

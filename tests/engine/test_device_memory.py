@@ -27,8 +27,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-DEEP, SHALLOW = 24, 6
-WIDTH, NUM_ROWS, NUM_TOKENS, NUM_STEPS = 128, 2, 4, 3
+DEEP, SHALLOW = 24, 5
+WIDTH, NUM_ROWS, NUM_TOKENS, NUM_STEPS = 128, 2, 4, 2
 
 
 class Gpt(L.LightningModule):
@@ -137,7 +137,7 @@ def test_fit_runs_in_what_it_needs_and_in_no_less() -> None:
     assert used_bytes() == base
 
 
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 def test_fit_after_a_fit_that_ran_out_of_memory_is_exact(share: float) -> None:
     needed = streamed(2)
     base = used_bytes()

@@ -22,7 +22,7 @@ from tests.engine.held_lanes import HeldLanes
 from tests.engine.late_lanes import LANE_ORDERS, LaneOrder, LateCompute, LateLanes
 from tests.engine.tiny import CPU, WIDTH, Result, batches, chain, is_equal, open_engine, train
 
-WINDOWS = ((1, 1), (2, 1), (3, 2), (6, 3))
+WINDOWS = ((2, 1), (3, 2), (1, 1), (9, 3))
 COMPUTE_FIRST: LaneOrder = (Lane.COMPUTE, Lane.H2D, Lane.D2H)
 ARRIVALS_FIRST: LaneOrder = (Lane.H2D, Lane.COMPUTE, Lane.D2H)
 GRADIENTS_FIRST: LaneOrder = (Lane.D2H, Lane.COMPUTE, Lane.H2D)
@@ -30,24 +30,24 @@ GRADIENTS_FIRST: LaneOrder = (Lane.D2H, Lane.COMPUTE, Lane.H2D)
 
 @cache
 def reference() -> Result:
-    return train(chain(5, dropout=0.1), batches(3))
+    return train(chain(4, dropout=0.1), batches(2))
 
 
 def train_late(order: LaneOrder | int, *, k: int = 2, k_prime: int = 1) -> Result:
     """Train on a device that computes asynchronously."""
-    module, lanes = chain(5, dropout=0.1), LateLanes(CPU, order)
+    module, lanes = chain(4, dropout=0.1), LateLanes(CPU, order)
     # No poison: its kernel would run at once, before the compute that is queued on the slot.
     with open_engine(module, lanes, k=k, k_prime=k_prime, poison=False) as engine:
         lanes.attend(engine.gradients)
-        return train(module, batches(3), partial(engine.step, "train"), partial(LateCompute, lanes, engine.slots))
+        return train(module, batches(2), partial(engine.step, "train"), partial(LateCompute, lanes, engine.slots))
 
 
 def train_held(held: Lane) -> Result:
     """Train with copy threads, the copies of one direction as late as can be."""
-    module, lanes = chain(5, dropout=0.1), HeldLanes(CPU, held)
+    module, lanes = chain(4, dropout=0.1), HeldLanes(CPU, held)
     with open_engine(module, lanes) as engine:
         lanes.attend(engine.gradients)
-        return train(module, batches(3), partial(engine.step, "train"))
+        return train(module, batches(2), partial(engine.step, "train"))
 
 
 def _name(value: object) -> str:
@@ -57,7 +57,7 @@ def _name(value: object) -> str:
 # -- with all fences
 
 
-@pytest.mark.parametrize(("k", "k_prime"), WINDOWS)
+@pytest.mark.parametrize(("k", "k_prime"), WINDOWS[:2])
 @pytest.mark.parametrize("order", LANE_ORDERS, ids=lambda order: "-".join(lane.value for lane in order))
 def test_every_order_of_lanes_gives_the_same_numbers(order: LaneOrder, k: int, k_prime: int) -> None:
     assert is_equal(train_late(order, k=k, k_prime=k_prime), reference())
@@ -76,10 +76,10 @@ def test_copy_threads_may_be_as_late_as_they_like(held: Lane) -> None:
 
 @pytest.mark.parametrize(("k", "k_prime"), WINDOWS)
 def test_randomly_late_copy_threads_give_the_same_numbers(k: int, k_prime: int) -> None:
-    module = chain(5, dropout=0.1)
+    module = chain(4, dropout=0.1)
     lanes = ThreadLanes(CPU, None, max_delay_ms=1.0, seed=k)
     with open_engine(module, lanes, k=k, k_prime=k_prime, seed=k) as engine:
-        assert is_equal(train(module, batches(3), partial(engine.step, "train")), reference())
+        assert is_equal(train(module, batches(2), partial(engine.step, "train")), reference())
 
 
 # -- without one of them
@@ -97,8 +97,8 @@ def without_slot_fence(patch: Patch) -> None:
     """A copy into a slot does not wait for the compute that reads the slot."""
     give_back = SlotPool.give_back
 
-    def unfenced(self: SlotPool, slot: Slot, *, free_after: Event) -> None:
-        give_back(self, slot, free_after=free_after)
+    def unfenced(self: SlotPool, slot: Slot, compute_event: Callable[[], Event]) -> None:
+        give_back(self, slot, compute_event)
         slot.free_after = None
 
     patch.setattr(SlotPool, "give_back", unfenced)
@@ -226,7 +226,6 @@ def test_evaluation_ends_only_after_copies_have_read_host_weights(monkeypatch: P
 # -- memory
 
 
-@pytest.mark.xfail(reason="growing slots does not wait for prefetches on their way", strict=True)
 def test_nothing_is_copied_into_memory_that_has_been_freed() -> None:
     """A unit that grows gets larger slots, while prefetches into the old ones are still on their way."""
     module, lanes = chain(4), LateLanes(CPU, COMPUTE_FIRST)
@@ -240,7 +239,6 @@ def test_nothing_is_copied_into_memory_that_has_been_freed() -> None:
     assert not lanes.stray_writes
 
 
-@pytest.mark.xfail(reason="the event is recorded before the poison is written", strict=True)
 def test_slot_is_free_only_after_its_poison_is_written() -> None:
     """On an accelerator the poison is one more kernel: a copy that does not wait for it is poisoned too."""
     poisoned: list[bool] = []
@@ -312,6 +310,5 @@ def test_anchors_are_torn_without_fences(removal: Removal, monkeypatch: Patch) -
     assert not use_anchor_around(double_once_read, removal.order)
 
 
-@pytest.mark.xfail(reason="the optimizer's hook waits for the copies of units only", strict=True)
 def test_optimizer_waits_for_the_copies_of_anchors() -> None:
     assert use_anchor_around(double_by_optimizer, COMPUTE_FIRST)

@@ -87,7 +87,7 @@ def test_each_mode_has_an_order_of_its_own() -> None:
     ("expected", "happens", "most_misses"),
     [
         ("F0 F1 F2 F3 B3 B2 B1 B0", "F0 F2 F3 B3 B2 B0", 0),  # one unit is skipped
-        ("F0 F1 F2 F3 B3 B2 B1 B0", "F0 F1 F1 F2 F3 B3 B2 B1 B0", 2),  # one is called twice in a row
+        ("F0 F1 F2 F3 B3 B2 B1 B0", "F0 F1 F1 F2 F3 B3 B2 B1 B0", 1),  # one is called twice in a row
         ("F0 F1 F2 F3 B3 B2 B1 B0", "F0 F3 F1 F2 B2 B1 B3 B0", 3),
         ("F0 F1 F2 F3 B3 B2 B1 B0", "F0 F1 F2 F3", 0),  # there is no backward
         ("F0 F1", "F0 F1 F2 F3 B3 B2 B1 B0", 5),  # the last step was shorter
@@ -109,13 +109,14 @@ def test_deviations_are_counted_and_agreement_is_not() -> None:
     assert it.follower.num_deviations > 0
 
 
-def test_use_repeated_without_another_between_is_one_use() -> None:
-    follower = Follower(2, 2, 1)
-    follower.begin(TRAIN, (), next_is_same=False)
-    use = Action(forward_order(1)[0].op, 0)
-    follower.before(use, tuple)
-    assert follower.before(use, tuple) == []
-    assert follower.num_deviations == 0
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_unit_used_several_times_in_a_row_stays_for_all_of_them(k: int) -> None:
+    it = device(4, k=k)
+    uses = "F0 F1 F1 F1 F2 F3 B3 B2 B1 B0"
+    it.step(TRAIN, uses)
+    it.num_misses = it.num_loads = it.follower.num_deviations = 0
+    it.step(TRAIN, uses)
+    assert (it.num_misses, it.follower.num_deviations, it.num_loads) == (0, 0, 8 - k)
 
 
 def test_outside_steps_nothing_moves() -> None:

@@ -163,7 +163,6 @@ def test_link_without_bandwidth_has_only_its_latency() -> None:
 # -- recording
 
 
-@pytest.mark.xfail(reason="copies still queued when recording stops find no recorder", strict=True)
 def test_recording_has_every_copy_that_was_queued_and_none_before(lanes: ThreadLanes) -> None:
     lanes.h2d([copy_of(1)], after=(), label=Label("P", 0, "before")).synchronize()
     lanes.start_recording()

@@ -234,14 +234,14 @@ def check(recipe: Recipe, window: Window, loop: Loop, device: torch.device) -> N
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(recipe=recipes, window=windows, loop=loops)
 def test_random_module_trains_as_in_the_plain_loop(recipe: Recipe, window: Window, loop: Loop) -> None:
     check(recipe, window, loop, CPU)
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(recipe=recipes, window=windows, loop=loops)
 def test_random_module_trains_as_on_its_device(emu: torch.device, recipe: Recipe, window: Window, loop: Loop) -> None:
     check(recipe, window, loop, emu)

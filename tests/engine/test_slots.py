@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_superpipe.engine.lanes import Event
 from lightning_superpipe.engine.slots import ALIGNMENT, SlotPool, storage_key, storage_use_count
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.errors import PlanError
@@ -18,9 +17,7 @@ def pool_of(k: int, *, poison: bool = True, seed: int | None = None) -> SlotPool
     return SlotPool(CPU, k, SLOT_BYTES, poison=poison, seed=seed)
 
 
-def past() -> Event:
-    """An event that has passed."""
-    return ThreadLanes(CPU, None).compute_event()
+past = ThreadLanes(CPU, None).compute_event
 
 
 def test_slots_are_taken_in_order_until_none_is_free() -> None:
@@ -30,7 +27,7 @@ def test_slots_are_taken_in_order_until_none_is_free() -> None:
     assert pool.num_free == 0
     with pytest.raises(PlanError, match=r"unit 5.*3 are taken"):
         pool.take(5)
-    pool.give_back(slots[1], free_after=past())
+    pool.give_back(slots[1], past)
     assert pool.take(5) is slots[1]
 
 
@@ -50,7 +47,7 @@ def test_free_slots_hold_nan_if_poisoned() -> None:
     view = slot.view(torch.float32, 0, torch.Size((4,)), (1,))
     assert view.isnan().all(), "before the first unit too"
     view.fill_(1.0)
-    pool.give_back(slot, free_after=past())
+    pool.give_back(slot, past)
     assert view.isnan().all()
     for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.complex64):
         assert slot.view(dtype, 0, torch.Size((4,)), (1,)).isnan().all()
@@ -60,7 +57,7 @@ def test_slots_keep_their_bytes_if_not_poisoned() -> None:
     pool = pool_of(1, poison=False)
     slot = pool.take(0)
     view = slot.view(torch.float32, 0, torch.Size((4,)), (1,)).fill_(1.0)
-    pool.give_back(slot, free_after=past())
+    pool.give_back(slot, past)
     assert view.eq(1).all()
 
 
@@ -68,7 +65,7 @@ def test_given_back_slot_remembers_what_still_computes_on_it() -> None:
     pool, event = pool_of(1), past()
     slot = pool.take(0)
     assert slot.free_after is None
-    pool.give_back(slot, free_after=event)
+    pool.give_back(slot, lambda: event)
     assert slot.free_after is event
     assert slot.tenant is None
 
@@ -118,7 +115,7 @@ def test_abandoned_buffer_stays_with_its_holder() -> None:
     assert pool.of(view) is None
     assert pool.of(slot.buffer) is slot
     assert not slot.has_escaped
-    pool.give_back(slot, free_after=past())
+    pool.give_back(slot, past)
     assert view.eq(3).all()
     assert pool.num_bytes == SLOT_BYTES
 

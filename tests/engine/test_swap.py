@@ -195,7 +195,6 @@ def _saved(module: nn.Module) -> nn.Module:
     return cast(nn.Module, torch.load(file, weights_only=False))
 
 
-@pytest.mark.xfail(reason="a twin is asked for its truth value", strict=True)
 def test_copies_made_inside_a_unit_are_ordinary_and_hold_host_weights() -> None:
     torch.manual_seed(0)
     module = Chain(0)
@@ -297,7 +296,6 @@ def test_parametrization_made_while_streaming_can_be_taken_off_afterwards() -> N
     assert type(up) is nn.Linear
 
 
-@pytest.mark.xfail(reason="a new layout is noticed by old twins only", strict=True)
 @pytest.mark.parametrize("is_used_before", [True, False])
 def test_dtype_may_be_changed_while_streaming(is_used_before: bool) -> None:
     module, x = chain(2), batches(1)[0]

@@ -118,7 +118,7 @@ def stories(bench_callbacks: Callable[[Bench], list[Callback]]) -> Story:
         shows = any("Progress" in type(each).__name__ for each in callbacks)
         options = {"enable_progress_bar": shows, "enable_model_summary": bench_callbacks is summaries}
         run = bench.trainer(
-            callbacks=callbacks, logger=logger, log_every_n_steps=1, max_epochs=4, accumulate_grad_batches=2, **options
+            callbacks=callbacks, logger=logger, log_every_n_steps=1, max_epochs=3, accumulate_grad_batches=2, **options
         )
         originals = Originals(module)
         run.fit(module)

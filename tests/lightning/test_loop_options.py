@@ -112,7 +112,7 @@ def finds_rate(bench: Bench) -> Tunable:
 def finds_batch_size(bench: Bench) -> Tunable:
     module = Tunable()
     run = bench.trainer(max_epochs=1, limit_train_batches=4)
-    size = Tuner(run).scale_batch_size(module, max_trials=3, steps_per_trial=2)
+    size = Tuner(run).scale_batch_size(module, max_trials=2, steps_per_trial=2)
     assert size is not None
     module.record("size", size)
     run.fit(module)
@@ -122,14 +122,14 @@ def finds_batch_size(bench: Bench) -> Tunable:
 def finds_batch_size_for_validation(bench: Bench) -> Tunable:
     module = Tunable()
     run = bench.trainer(max_epochs=1, limit_train_batches=4)
-    Tuner(run).scale_batch_size(module, method="validate", max_trials=2, steps_per_trial=1)
+    Tuner(run).scale_batch_size(module, method="validate", max_trials=1, steps_per_trial=1)
     run.fit(module)
     return module
 
 
 def finds_by_callbacks(bench: Bench) -> Tunable:
     module = Tunable()
-    callbacks = [BatchSizeFinder(max_trials=2, steps_per_trial=1), LearningRateFinder(num_training_steps=8)]
+    callbacks = [BatchSizeFinder(max_trials=1, steps_per_trial=1), LearningRateFinder(num_training_steps=8)]
     run = bench.trainer(max_epochs=1, limit_train_batches=4, callbacks=callbacks, enable_checkpointing=True)
     run.fit(module)
     module.record("found", torch.tensor([module.lr, module.batch_size]))
