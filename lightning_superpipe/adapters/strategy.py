@@ -111,7 +111,7 @@ class SuperpipeMixin(OneDeviceMixin):
         assert self.model is not None, "the trainer connects a module before setup"
         type(self)._set_device(self.model, device=self.compute_device)
         for module in self.model.modules():
-            if type(module).__module__.startswith("torchmetrics"):
+            if any(base.__module__.startswith("torchmetrics.") for base in type(module).__mro__):
                 module.to(self.compute_device)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:

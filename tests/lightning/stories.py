@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import lightning as L
@@ -20,10 +20,24 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 
 from lightning_superpipe import SuperpipeStrategy
+from lightning_superpipe.errors import SuperpipeError
 from tests.parity.harness import Outcome, Window, assert_equal, loads, outcome, streamed, trainer
 from tests.parity.probe import Device, ParityModule, ProbeModule
 
-__all__ = ["WINDOW", "Bench", "Originals", "Story", "assert_same", "devices", "metrics_of", "tell", "tensors"]
+__all__ = [
+    "WINDOW",
+    "Bench",
+    "Originals",
+    "Story",
+    "Watched",
+    "assert_refused",
+    "assert_same",
+    "assert_usable",
+    "devices",
+    "metrics_of",
+    "tell",
+    "tensors",
+]
 
 WINDOW = Window(2, 1)
 QUIET = {
@@ -142,4 +156,45 @@ def tensors(value: Any, name: str = "") -> dict[str, Tensor]:
     if isinstance(value, Tensor):
         return {name: value}
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return {key: cast(Tensor, each) for k, v in items for key, each in tensors(v, f"{name}/{k}").items()}
+    return {key: each for k, v in items for key, each in tensors(v, f"{name}/{k}").items()}
+
+
+class Watched(ProbeModule):
+    """Logs what callbacks look at; its validation loss rises in the end."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.record_loss(loss)
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch) * (1 + 0.5 * abs(self.current_epoch - 1)))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.adamw()
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+def assert_refused(module: L.LightningModule, strategy: SuperpipeStrategy, message: str, **options: Any) -> str:
+    """Fit, expect a refusal before any batch, and train the same module with the same data afterwards."""
+    originals = Originals(module)
+    before = {name: value.clone() for name, value in module.state_dict().items()} if _copies(module) else {}
+    with pytest.raises(SuperpipeError, match=message) as caught:
+        trainer("cpu", strategy, max_epochs=1, **options).fit(module)
+    originals.assert_kept()
+    assert getattr(module, "losses", []) == [], "refused too late"
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items() if name in before)
+    assert isinstance(caught.value, RuntimeError | ValueError), "code that knows nothing of us catches it too"
+    return str(caught.value)
+
+
+def _copies(module: nn.Module) -> bool:
+    return all(parameter.layout is torch.strided and not parameter.is_quantized for parameter in module.parameters())
+
+
+def assert_usable(module: ProbeModule, **options: Any) -> None:
+    """Raise unless the module trains as a fresh one would."""
+    trainer("cpu", SuperpipeStrategy(k=2), max_epochs=1, **options).fit(module)
+    assert len(module.losses) == 4

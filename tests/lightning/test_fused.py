@@ -118,7 +118,7 @@ class Groups(Chooses):
         return super().trunk(x + self.table((x[:, 0] > 0).long()))
 
     def configure_optimizers(self) -> Any:
-        groups = [
+        groups: Any = [
             {"params": list(self.blocks.parameters())},
             {"params": list(self.head.parameters()), "fused": True},
             {"params": list(self.embed.parameters()), "fused": False},

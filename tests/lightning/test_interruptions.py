@@ -8,8 +8,8 @@ from typing import Any, cast
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from tests.lightning.stories import WINDOW, Bench, Originals, Story, assert_same, devices, tensors
@@ -40,7 +40,7 @@ class FragileBlock(Block):
         y = super().forward(x)
         if self.told == "unit":
             raise self.error("raised by the test in a unit")
-        return Breaks.apply(y) if self.told == "backward" else y  # type: ignore[no-any-return,no-untyped-call]
+        return Breaks.apply(y) if self.told == "backward" else y  # type: ignore[no-untyped-call]
 
 
 class Fragile(ProbeModule):

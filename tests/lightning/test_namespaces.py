@@ -20,7 +20,12 @@ from tests.parity.probe import ProbeModule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def test_the_name_gives_a_strategy_with_the_defaults() -> None:

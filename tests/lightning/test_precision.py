@@ -70,7 +70,7 @@ def through_all_stages(name: str) -> Story:
         module = Mixed()
         originals = Originals(module)
         plugin = PRECISIONS[name](bench.device)
-        clips = {} if name == "16-true" else {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
+        clips: dict[str, Any] = {} if name == "16-true" else {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
         run = bench.trainer(plugins=[plugin], max_epochs=2, **clips)
         run.fit(module)
         for stage in ("validate", "test"):

@@ -166,7 +166,7 @@ class Asks(Static):
         assert [row.name for row in strategy.units if row.role == "unit"] == [f"blocks.{i}" for i in range(4)]
         self.num_asked = getattr(self, "num_asked", 0) + 1
 
-    on_fit_start = on_train_start = on_train_batch_start = on_after_backward = on_before_optimizer_step = ask
+    on_fit_start = on_train_start = on_train_batch_start = on_after_backward = on_before_optimizer_step = ask  # type: ignore[assignment]
     on_train_batch_end = on_validation_start = on_validation_batch_end = on_train_end = on_fit_end = ask  # type: ignore[assignment]
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from tests.lightning.stories import Bench, Originals, Story, assert_same, devices, metrics_of
 from tests.parity.harness import ALL_UNITS, Window
 from tests.parity.probe import Device, ProbeModule, fixed_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-QUIET = {"verbose": False}
 
 
 class Staged(ProbeModule):
@@ -30,7 +29,8 @@ class Staged(ProbeModule):
         self.record("test", self(batch))
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self(batch) if not torch.is_inference_mode_enabled() else self(batch).clone()
+        y: Tensor = self(batch)
+        return y
 
     def test_dataloader(self) -> Any:
         return fixed_batches(2)
@@ -50,7 +50,7 @@ def go(run: L.Trainer, module: Staged, stages: str) -> None:
             assert predictions is not None
             module.record("predictions", torch.cat([each.cpu() for each in predictions]))  # type: ignore[union-attr]
         else:
-            getattr(run, {"v": "validate", "t": "test"}[stage])(module, **QUIET)
+            getattr(run, {"v": "validate", "t": "test"}[stage])(module, verbose=False)
         metrics_of(module, run)
 
 
@@ -115,7 +115,7 @@ class Differs(Staged):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         with torch.enable_grad():
             x = batch.clone().requires_grad_()
-            self.loss(x).backward()
+            cast(Any, self.loss(x)).backward()
         self.record("input gradient", x.grad if x.grad is not None else torch.zeros(0))
         self.zero_grad()
 
@@ -124,7 +124,7 @@ def gradients_in_validation(bench: Bench) -> Differs:
     module = Differs()
     run = bench.trainer(max_epochs=1, inference_mode=False)
     run.fit(module)
-    run.validate(module, **QUIET)
+    run.validate(module, verbose=False)
     return module
 
 
@@ -150,6 +150,45 @@ def weights_changed_between_runs(bench: Bench) -> Staged:
     return module
 
 
+class MeanOfAll(Metric):
+    """A user's own metric, whose state is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.zeros(3), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        sums = torch.stack([values.sum(), values.pow(2).sum(), torch.ones_like(values).sum()])
+        self.total = cast(Tensor, self.total) + sums
+
+    def compute(self) -> Tensor:
+        return cast(Tensor, self.total)[0] / cast(Tensor, self.total)[2]
+
+
+class Measured(Staged):
+    """Updates metrics of its own in every stage."""
+
+    def build(self) -> None:
+        self.metric = MeanOfAll()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.metric.update(y.detach())
+        return y
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        self.log("metric", self.metric, on_step=False, on_epoch=True)
+        return loss
+
+
+def own_metric(bench: Bench) -> Measured:
+    module = Measured()
+    run = bench.trainer(max_epochs=1)
+    go(run, module, "fvft")
+    return module
+
+
 OTHERS: list[Callable[[Bench], Any]] = [
     one_strategy_two_trainers,
     one_strategy_two_modules,
@@ -158,6 +197,7 @@ OTHERS: list[Callable[[Bench], Any]] = [
     gradients_in_validation,
     forward_between_runs,
     weights_changed_between_runs,
+    own_metric,
 ]
 
 
