@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -70,6 +71,13 @@ class Bytes(NamedTuple):
         gc.collect()
         return used_bytes() - self.base
 
+    def are_gone(self) -> bool:
+        """Whether nothing is held; autograd's thread lets go of a graph a moment after an error has reached us."""
+        deadline = time.monotonic() + 5
+        while self.now and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return self.now == 0
+
 
 @pytest.fixture
 def held(emu: torch.device) -> Bytes:
@@ -117,7 +125,7 @@ def test_bytes_are_flat_over_two_hundred_steps(emu: torch.device, held: Bytes, g
     assert set(after[2:]) == {after[2]}
     assert set(peaks[2:]) == {peaks[2]}
     del x
-    assert held.now == 0
+    assert held.are_gone()
 
 
 @pytest.mark.parametrize("mode", ["train", "validate"])
@@ -141,7 +149,7 @@ def test_window_is_all_that_is_held_between_steps(emu: torch.device, held: Bytes
 def test_nothing_is_held_after_an_ordinary_end(emu: torch.device, held: Bytes, k: int) -> None:
     module = model()
     stream(module, emu, k=k)
-    assert held.now == 0
+    assert held.are_gone()
     assert all(parameter.device.type == "cpu" for parameter in module.parameters())
 
 
@@ -156,7 +164,7 @@ def test_nothing_is_held_after_an_exception(emu: torch.device, held: Bytes, wher
     except ValueError as error:
         errors.append(error.with_traceback(None) if keeps_error else None)
     assert errors
-    assert held.now == 0
+    assert held.are_gone()
     ending(module, "")
     reference = model()
     stream(reference, emu)
@@ -189,7 +197,7 @@ def test_nothing_is_held_after_running_out_of_memory(
 ) -> None:
     needed, module = needed_bytes(), model()
     assert out_of_memory_at(module, emu, held.base + needed * percent // 100)
-    assert held.now == 0
+    assert held.are_gone()
     classes = [type(each) for each in module.modules()]
     assert classes == [type(each) for each in model().modules()], "and the model is an ordinary one again"
     assert all(parameter.device.type == "cpu" for parameter in module.parameters())
@@ -230,7 +238,7 @@ def test_graph_that_outlives_the_session_holds_activations_only(emu: torch.devic
                 loss.backward()  # type: ignore[no-untyped-call]
     assert held.now <= (activations if outcome == "unused" else 0.8 * activations) + kept_bytes(module)
     del loss
-    assert held.now == 0
+    assert held.are_gone()
 
 
 def test_module_that_holds_its_loss_holds_no_weights(emu: torch.device, held: Bytes) -> None:
@@ -242,14 +250,14 @@ def test_module_that_holds_its_loss_holds_no_weights(emu: torch.device, held: By
         del loss
     assert held.now <= activations + kept_bytes(module)
     del module
-    assert held.now == 0
+    assert held.are_gone()
 
 
 def test_session_that_cannot_start_leaves_the_model_alone(emu: torch.device, held: Bytes) -> None:
     module = model()
     with capacity(held.base + SLOT_BYTES), pytest.raises(torch.OutOfMemoryError):
         session_of(module, emu, k=3)
-    assert held.now == 0
+    assert held.are_gone()
     assert [type(each) for each in module.modules()] == [type(each) for each in model().modules()]
     stream(module, emu)
 
@@ -261,7 +269,7 @@ def test_dropped_session_gives_its_memory_back(emu: torch.device, held: Bytes) -
     with session.step("train"):
         module(batches(1, width=WIDTH)[0].to(emu))
     del session, module
-    assert held.now == 0
+    assert held.are_gone()
 
 
 # -- what autocast keeps

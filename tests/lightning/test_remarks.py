@@ -18,9 +18,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def said() -> Iterator[list[str]]:
-    """What this package said, as the log is written."""
+def said(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What this package said, as the log is written, whatever earlier tests did to logging."""
     lines: list[str] = []
+    monkeypatch.setattr(rank_zero_module.rank_zero_only, "rank", 0, raising=False)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
 
     class Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -35,6 +38,7 @@ def said() -> Iterator[list[str]]:
     yield lines
     logger.removeHandler(handler)
     logger.setLevel(level)
+    logging.disable(disabled)
 
 
 def run(strategy: SuperpipeStrategy, device: Device = "cpu", module: Any = None) -> None:

@@ -153,16 +153,18 @@ def weights_changed_between_runs(bench: Bench) -> Staged:
 class MeanOfAll(Metric):
     """A user's own metric, whose state is no buffer."""
 
+    total: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.add_state("total", default=torch.zeros(3), dist_reduce_fx="sum")
 
     def update(self, values: Tensor) -> None:
         sums = torch.stack([values.sum(), values.pow(2).sum(), torch.ones_like(values).sum()])
-        self.total = cast(Tensor, self.total) + sums
+        self.total = self.total + sums
 
     def compute(self) -> Tensor:
-        return cast(Tensor, self.total)[0] / cast(Tensor, self.total)[2]
+        return self.total[0] / self.total[2]
 
 
 class Measured(Staged):
