@@ -33,6 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
     "session": {"errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer"},
     "adapters": {"session", "config", "errors", "observe"},
+    "sweeps": {"errors", "config", "observe"},
 }
 MAY_KNOW_FRAMEWORKS = {"adapters"}
 TORCH_FREE = {"planning", "errors"}
