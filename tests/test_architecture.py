@@ -33,9 +33,11 @@ LAYERS: dict[str, set[str]] = {
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
     "session": {"errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer"},
     "adapters": {"session", "config", "errors", "observe"},
+    "recipes": {"errors"},  # modules and data that know nothing of streaming
+    "app": {"adapters", "session", "config", "errors", "observe", "planning", "sweeps"},
     "sweeps": {"errors", "config", "observe"},
 }
-MAY_KNOW_FRAMEWORKS = {"adapters"}
+MAY_KNOW_FRAMEWORKS = {"adapters", "recipes"}
 TORCH_FREE = {"planning", "errors"}
 # Of the tiers the engine may know the contract, not a file behind it.
 TIER_CONTRACT = {f"{PACKAGE}.tiers", f"{PACKAGE}.tiers.base"}

@@ -15,8 +15,6 @@ from xml.etree import ElementTree
 import pytest
 
 from lightning_superpipe.demo import __main__ as demo
-from lightning_superpipe.demo.text import FILE_END, HeldOutWindows, RandomWindows, is_held_out, read_standard_library
-from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe import Recording
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,36 +111,3 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     assert "transformers" in error
     assert "lightning_superpipe[demo]" in error
     assert "matplotlib" not in error
-
-
-def test_held_out_files_are_never_trained_on(tmp_path: Path) -> None:
-    names = [f"package/module_{number}.py" for number in range(200)]
-    for name in [*names, "test/left_out.py", "package/tests/left_out.py"]:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"# {name}\n" + "x = 1\n" * 2000)
-    corpus = read_standard_library(tmp_path)
-    train, held_out = (bytes(text.tolist()) for text in (corpus.train, corpus.held_out))
-    assert 0 < corpus.num_held_out_files < 25
-    assert corpus.num_train_files + corpus.num_held_out_files == len(names)
-    for name in names:
-        line = f"# {name}\n".encode()
-        assert (line in held_out, line in train) == (is_held_out(name), not is_held_out(name))
-    assert train.count(FILE_END) == corpus.num_train_files
-    assert b"left_out" not in train + held_out
-
-
-def test_a_library_without_source_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SuperpipeError, match="too little to learn from"):
-        read_standard_library(tmp_path)
-
-
-def test_windows_are_the_same_in_every_run_and_stay_inside_the_text() -> None:
-    text = read_standard_library().held_out[:1000]
-    windows = RandomWindows(text, 50, 33, seed=1)
-    again = RandomWindows(text, 50, 33, seed=1)
-    assert [window.tolist() for window in windows] == [window.tolist() for window in again]
-    assert {len(window) for window in windows} == {33}
-    spread = HeldOutWindows(text, 4, 33)
-    assert spread[0].tolist() == text[:33].tolist()
-    assert spread[3].tolist() == text[-33:].tolist()

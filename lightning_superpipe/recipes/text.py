@@ -1,4 +1,4 @@
-"""The text that the demo learns: the source code of Python's own standard library, the same on every machine."""
+"""Text that every machine has: the source code of Python's own standard library, as bytes."""
 
 from __future__ import annotations
 
