@@ -13,12 +13,22 @@ from torch import nn
 
 from lightning_superpipe.errors import ConfigError
 
-__all__ = ["Adversary", "Auto", "Link", "SuperpipeConfig", "UnitChoice", "parse_bytes"]
+__all__ = ["Adversary", "Auto", "Link", "SuperpipeConfig", "UnitChoice", "nearest", "parse_bytes"]
 
 Auto = Literal["auto"]
 UnitChoice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the end of a message about an unknown name: the nearest known one, or all of them.
+
+    >>> nearest("kprime", ["k", "k_prime"]), nearest("banana", ["k", "k_prime"])
+    ("did you mean 'k_prime'?", 'known options: k, k_prime.')
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}."
 
 
 def parse_bytes(size: int | str) -> int:
@@ -160,8 +170,7 @@ def _check_names(schema: type, options: Mapping[str, Any], prefix: str = "") -> 
     known = [field.name for field in dataclasses.fields(schema)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known options: {_names(schema)}."
+            hint = nearest(prefix + str(name), [prefix + one for one in known])
             raise ConfigError(f"unknown option {prefix + str(name)!r}: {hint}")
 
 

@@ -37,7 +37,7 @@ LAYERS: dict[str, set[str]] = {
     "app": {"adapters", "session", "config", "errors", "observe", "planning", "sweeps"},
     "sweeps": {"errors", "config", "observe"},
 }
-MAY_KNOW_FRAMEWORKS = {"adapters", "recipes"}
+MAY_KNOW_FRAMEWORKS = {"adapters", "app", "recipes"}
 TORCH_FREE = {"planning", "errors"}
 # Of the tiers the engine may know the contract, not a file behind it.
 TIER_CONTRACT = {f"{PACKAGE}.tiers", f"{PACKAGE}.tiers.base"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,13 +17,19 @@ EVERY_YAML = sorted(CONFIGS.rglob("*.yaml"))
 MAX_YAML_LINES = 40
 
 
+def default_options() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(DEFAULT.read_text())
+    assert loaded.pop("_target_") == "lightning_superpipe.SuperpipeStrategy"
+    return loaded
+
+
 def test_default_yaml_holds_every_option_in_order_with_its_default() -> None:
-    loaded = yaml.safe_load(DEFAULT.read_text())
+    loaded = default_options()
     assert list(loaded.items()) == [(field.name, field.default) for field in dataclasses.fields(SuperpipeConfig)]
 
 
 def test_default_yaml_builds_the_default_config() -> None:
-    assert SuperpipeConfig.from_options(**yaml.safe_load(DEFAULT.read_text())) == SuperpipeConfig()
+    assert SuperpipeConfig.from_options(**default_options()) == SuperpipeConfig()
 
 
 @pytest.mark.parametrize("nested", [Link, Adversary])

@@ -1,0 +1,1 @@
+"""Lightning callbacks by name; null leaves one out."""

@@ -1,0 +1,1 @@
+"""Small or strict forms of any experiment; they win over all other groups."""
