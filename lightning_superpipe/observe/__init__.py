@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_superpipe.observe.files import write_recording
 from lightning_superpipe.observe.live_bytes import LiveBytes
 from lightning_superpipe.observe.pictures import draw_memory, draw_timeline
 from lightning_superpipe.observe.report import PeakBytes, Report, StepCounters
@@ -19,4 +20,5 @@ __all__ = [
     "StepCounters",
     "draw_memory",
     "draw_timeline",
+    "write_recording",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from humanize import naturalsize
 
 from lightning_superpipe.errors import UnsupportedError
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["MARGIN_PX", "WIDTH_PX", "Canvas", "Rgb", "Theme", "blend", "canvas"]
+__all__ = ["FAR_ABOVE", "MARGIN_PX", "WIDTH_PX", "Canvas", "Reference", "Rgb", "Theme", "blend", "canvas"]
 
 Rgb = tuple[float, float, float]
 
@@ -24,6 +26,8 @@ _PX_PER_INCH = 96  # of CSS: the SVG's points become these pixels on a page
 _POINTS_PER_PX = 72 / _PX_PER_INCH
 MARGIN_PX = 16
 _TITLE_PX = 66
+FAR_ABOVE = 2.0
+"""A reference this many times the peak leaves the chart instead of flattening it."""
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _FONTS = ["Inter", "Helvetica Neue", "Segoe UI", "Roboto", "Arial", "DejaVu Sans"]
 
@@ -89,6 +93,14 @@ _DARK = Theme(
     kinds=("#4272b5", "#768390", "#d18039", "#4c9a85"),
     unit_range=(0.22, 0.97),
 )
+
+
+class Reference(NamedTuple):
+    """Bytes that the peak is compared with."""
+
+    name: str
+    size: int
+    dashes: tuple[float, ...] | None  # None is a solid line
 
 
 @dataclass(frozen=True)
@@ -172,6 +184,22 @@ class Canvas:
         x = self.axes.get_xlim()[0] + (MARGIN_PX - self.left_px) / x_px
         self.text(x, y - 8, name, color=self.theme.ink, weight="bold")
         self.text(x, y + 8, note, color=self.theme.muted)
+
+    def references(self, references: Sequence[Reference], peak_bytes: int, peak_name: str = "this peak") -> None:
+        """Draw what a peak is compared with: a line where it fits the chart, else an arrow that leaves it."""
+        (x_px, y_px), (left, right) = self.px_per_unit(), self.axes.get_xlim()
+        top, ink, arrow_px = self.axes.get_ylim()[1], self.theme.ink, 16.0
+        for name, size, dashes in references:
+            label = f"{name} {naturalsize(size, binary=True)}"
+            if size <= top:
+                self.axes.plot([left, right], [size, size], color=ink, linewidth=1.2, linestyle=(0, dashes))
+                crowded = any(0 < other - size < 22 / y_px for _, other, _ in references)
+                self.text(right, size + (-10 if crowded else 10) / y_px, label, color=ink, ha="right")
+                continue
+            self.arrow(left + arrow_px / x_px, top - 22 / y_px, top + 12 / y_px)
+            text = f"{label}, {size / peak_bytes:.1f} times {peak_name}"
+            self.text(left + (arrow_px + 10) / x_px, top - 8 / y_px, text, color=ink)
+            arrow_px += 350
 
     def save(self, path: str | Path) -> None:
         """Write the picture; the ending of the path chooses the format (``.svg`` for pages)."""

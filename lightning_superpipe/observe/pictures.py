@@ -9,7 +9,7 @@ from typing import NamedTuple
 from humanize import naturalsize
 
 from lightning_superpipe.errors import SuperpipeError
-from lightning_superpipe.observe.canvas import Canvas, Rgb, blend, canvas
+from lightning_superpipe.observe.canvas import FAR_ABOVE, Canvas, Reference, Rgb, blend, canvas
 from lightning_superpipe.observe.trace import Lane, MemorySample, Recording, Span, rows_of
 
 __all__ = ["draw_memory", "draw_timeline"]
@@ -24,16 +24,7 @@ _NO_UNIT = (0.5, 0.5, 0.5)
 _KINDS = ("slots", "anchors", "gradients", "activations")
 
 _MEMORY_PX = 270.0
-_FAR_ABOVE = 2.0  # a reference this many times the peak leaves the chart instead of flattening it
 _LABEL_PX = 18.0
-
-
-class Reference(NamedTuple):
-    """Bytes that the peak is compared with."""
-
-    name: str
-    size: int
-    dashes: tuple[float, ...] | None  # None is a solid line
 
 
 class Phase(NamedTuple):
@@ -93,13 +84,13 @@ def draw_memory(recording: Recording, path: str | Path, dark: bool = False) -> N
     with canvas(_MEMORY_PX, left_px=72, right_px=190, bottom_px=66, dark=dark) as page:
         page.time_axis(recording.duration_s * 1e3)
         references = _references(recording)
-        inside = [size for _, size, _ in references if size <= _FAR_ABOVE * peak.total]
+        inside = [size for _, size, _ in references if size <= FAR_ABOVE * peak.total]
         room_px = 26 if len(inside) == len(references) else 50  # above the highest line, for labels and arrows
         page.byte_axis(max([peak.total, *inside]), room_px)
         page.title(_title("Device memory over one step", recording), _setting(recording))
         _draw_areas(page, recording)
         _draw_peak(page, peak)
-        _draw_references(page, references, peak.total)
+        page.references(references, peak.total)
         _, y_px = page.px_per_unit()
         _draw_phases(page, _phases(recording), line_y=-34 / y_px, text_y=-46 / y_px)
         page.save(path)
@@ -215,22 +206,6 @@ def _draw_peak(page: Canvas, peak: MemorySample) -> None:
     height = max(top * y_px, height + _LABEL_PX)
     page.text(right + 14 / x_px, height / y_px, "peak", color=theme.ink, weight="bold")
     page.text(right + 174 / x_px, height / y_px, _size(peak.total), color=theme.ink, weight="bold", ha="right")
-
-
-def _draw_references(page: Canvas, references: list[Reference], peak_bytes: int) -> None:
-    """Draw what the peak is compared with: a line where it fits the chart, else an arrow that leaves it."""
-    (x_px, y_px), (left, right) = page.px_per_unit(), page.axes.get_xlim()
-    top, ink, arrow_px = page.axes.get_ylim()[1], page.theme.ink, 16.0
-    for name, size, dashes in references:
-        if size <= top:
-            page.axes.plot([left, right], [size, size], color=ink, linewidth=1.2, linestyle=(0, dashes))
-            crowded = any(0 < other - size < 22 / y_px for _, other, _ in references)
-            page.text(right, size + (-10 if crowded else 10) / y_px, f"{name} {_size(size)}", color=ink, ha="right")
-            continue
-        page.arrow(left + arrow_px / x_px, top - 22 / y_px, top + 12 / y_px)
-        text = f"{name} {_size(size)}, {size / peak_bytes:.1f} times this peak"
-        page.text(left + (arrow_px + 10) / x_px, top - 8 / y_px, text, color=ink)
-        arrow_px += 350
 
 
 def _size(num_bytes: int) -> str:
