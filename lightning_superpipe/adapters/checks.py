@@ -14,6 +14,7 @@ from lightning_superpipe.session import Session
 __all__ = ["refuse_foreign", "remarks", "runs_undisturbed", "turns_undisturbed"]
 
 _NAMESPACES = ("lightning", "pytorch_lightning")
+_OURS = __name__.partition(".")[0]
 _COPIERS = frozenset(("WeightAveraging", "StochasticWeightAveraging"))
 _WRITERS = frozenset((*_COPIERS, "ModelPruning", "LambdaCallback"))
 _REFUSED_PRECISIONS = {
@@ -105,7 +106,9 @@ def _own_names(thing: Any) -> set[str]:
 
 
 def _is_harmless(callback: Any) -> bool:
-    return _is_framework(type(callback)) and _WRITERS.isdisjoint(_names(callback))
+    """Whether a callback writes no weights during training: the framework's, but for some, and our own."""
+    is_known = _is_framework(type(callback)) or _package(type(callback)) == _OURS
+    return is_known and _WRITERS.isdisjoint(_names(callback))
 
 
 def _names(thing: Any) -> set[str]:
@@ -114,7 +117,11 @@ def _names(thing: Any) -> set[str]:
 
 
 def _is_framework(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] in (*_NAMESPACES, "torch", "builtins", "abc", "typing")
+    return _package(cls) in (*_NAMESPACES, "torch", "builtins", "abc", "typing")
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
 
 
 def _size(num_bytes: int) -> str:
