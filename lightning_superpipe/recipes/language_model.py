@@ -23,6 +23,7 @@ from lightning_superpipe.recipes.text import (
     RandomWindows,
     read_standard_library,
 )
+from lightning_superpipe.recipes.tokens import byte_tokenizer
 
 __all__ = ["ByteLanguageModel", "SourceCode"]
 
@@ -34,7 +35,7 @@ class ByteLanguageModel(RecipeModule):
         config: ``model_type`` and options of its configuration; the vocabulary is that of bytes.
         recompute: keep only the input of each block in forward.
         generation: options of ``generate`` for predicting; by default it samples 64 bytes.
-        options: ``optimizer`` and ``scheduler``, see :class:`RecipeModule`.
+        options: ``optimizer``, ``scheduler``, ``save_to``: see :class:`RecipeModule`.
     """
 
     def __init__(
@@ -45,11 +46,11 @@ class ByteLanguageModel(RecipeModule):
         generation: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
         tokens = {"bos_token_id": FILE_END, "eos_token_id": FILE_END, "pad_token_id": FILE_END, "vocab_size": 256}
-        self.net = make_network("AutoModelForCausalLM", config=config, changes=tokens)
+        net = make_network("AutoModelForCausalLM", config=config, changes=tokens)
         if recompute:
-            recompute_activations(self.net)
+            recompute_activations(net)
+        super().__init__(net, byte_tokenizer(), **options)
         self.bits_per_byte = MeanMetric()
         self._generation = dict(generation or {"max_new_tokens": 64, "do_sample": True, "temperature": 0.7})
 
@@ -66,8 +67,7 @@ class ByteLanguageModel(RecipeModule):
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Continue prompts, shape (B, T)."""
-        net: Any = self.net  # its own types forbid calling this method
-        written: Tensor = net.generate(batch, attention_mask=torch.ones_like(batch), **self._generation)
+        written: Tensor = self.net.generate(batch, attention_mask=torch.ones_like(batch), **self._generation)
         return written
 
     def _nats_per_byte(self, batch: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -19,16 +20,38 @@ MakeScheduler = Callable[[Optimizer], LRScheduler]
 
 
 class RecipeModule(L.LightningModule):
-    """A module that trains whatever of it requires gradients.
+    """A network that trains whatever of it requires gradients.
 
     Args:
+        net: a network of transformers, or of peft.
+        tokenizer: is saved with the network; None if it has none.
         optimizer: makes the optimizer from parameters, such as ``functools.partial(torch.optim.AdamW, lr=1e-3)``.
         scheduler: makes the schedule from the optimizer; it advances every step. None keeps the rate.
+        save_to: a folder for the weights after training, which ``pretrained`` reads; None saves nothing.
     """
 
-    def __init__(self, *, optimizer: MakeOptimizer = torch.optim.AdamW, scheduler: MakeScheduler | None = None) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        tokenizer: Any = None,
+        *,
+        optimizer: MakeOptimizer = torch.optim.AdamW,
+        scheduler: MakeScheduler | None = None,
+        save_to: str | None = None,
+    ) -> None:
         super().__init__()
+        self.net: Any = net  # its own types forbid calling much of it
+        self.tokenizer = tokenizer
         self._make_optimizer, self._make_scheduler = optimizer, scheduler
+        self._save_to = save_to
+
+    def on_fit_end(self) -> None:
+        """Save what was learned, if asked to."""
+        if self._save_to is not None:
+            Path(self._save_to).mkdir(parents=True, exist_ok=True)
+            self.net.save_pretrained(self._save_to)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(self._save_to)
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, with its schedule if there is one."""

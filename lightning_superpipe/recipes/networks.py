@@ -73,7 +73,7 @@ def _refuse_incomplete(folder: Path) -> None:
     """Raise ConfigError for a folder without a configuration or weights; a hub name is no folder."""
     if not folder.is_dir():
         return
-    if not (folder / "config.json").exists():
+    if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         raise ConfigError(f"pretrained={str(folder)!r} holds no config.json: it is not a folder of a saved model.")
     if not any(path for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)):
         found = ", ".join(sorted(path.name for path in folder.iterdir()))

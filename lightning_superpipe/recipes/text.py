@@ -14,7 +14,16 @@ from torch.utils.data import Dataset
 
 from lightning_superpipe.errors import SuperpipeError
 
-__all__ = ["FILE_END", "Corpus", "HeldOutWindows", "RandomWindows", "read_standard_library"]
+__all__ = [
+    "FILE_END",
+    "Corpus",
+    "HeldOutWindows",
+    "RandomWindows",
+    "is_held_out",
+    "read_standard_library",
+    "source_files",
+    "standard_library",
+]
 
 FILE_END = 0
 """The byte after each file; source code has none of it."""
@@ -59,9 +68,8 @@ def read_standard_library(root: Path | None = None) -> Corpus:
     Raises:
         SuperpipeError: there is hardly any source, as where Python came with compiled files only.
     """
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    names = [name for name in names if not _LEFT_OUT & set(name.split("/"))]
+    root = standard_library() if root is None else root
+    names = source_files(root)
     held_out = [name for name in names if is_held_out(name)]
     train = [name for name in names if not is_held_out(name)]
     corpus = Corpus(_join(root, train), _join(root, held_out), len(train), len(held_out))
@@ -71,6 +79,17 @@ def read_standard_library(root: Path | None = None) -> Corpus:
             "learn from. Use a Python that comes with its library's source."
         )
     return corpus
+
+
+def standard_library() -> Path:
+    """Return the folder of the running Python's library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def source_files(root: Path) -> list[str]:
+    """Return the ``.py`` files below a folder, sorted, as paths relative to it; tests and tables are left out."""
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    return [name for name in names if not _LEFT_OUT & set(name.split("/"))]
 
 
 def is_held_out(name: str) -> bool:
