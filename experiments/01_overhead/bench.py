@@ -1,22 +1,25 @@
 """What streaming costs where nothing needs to be streamed: step times of plain Lightning and of several windows.
 
-Contenders run one after the other in one process, in rounds, each time with a new trainer and the same module, data and
-seed. A step's time is the time between the starts of two training steps, so it holds the whole loop: forward, backward,
+All contenders train in one process, each in a thread of its own, with the same module, data and seed. They take turns:
+one makes a step while the others wait, then the next. A drift of the machine, or a neighbour on it, then meets all of
+them alike. A step is what lies between the starts of two training steps, so it holds the whole loop: forward, backward,
 gradient return, optimizer, Lightning itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import os
 import platform
 import statistics
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -45,32 +48,61 @@ class Contender:
 
     Attributes:
         k: window in units; None trains without the strategy.
-        wall_ms: of each step after warm-up, one list a round.
-        cpu_ms: processor time of all threads, likewise; other processes on the machine disturb it less.
+        wall_ms: of each step after warm-up, in order.
+        cpu_ms: processor time of all threads, likewise.
         loads: units copied to the device in one step.
-        unit_overhead_us: the engine's own time for each use of a unit, one figure a round.
-        last_loss: of the last round; equal for all contenders, or they did not do the same work.
+        unit_overhead_us: the engine's own time for each use of a unit.
+        last_loss: equal for all contenders, or they did not do the same work.
     """
 
     name: str
     k: int | None
-    wall_ms: list[list[float]] = field(default_factory=list)
-    cpu_ms: list[list[float]] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)
+    cpu_ms: list[float] = field(default_factory=list)
     loads: int = 0
     num_units: int = 0
-    unit_overhead_us: list[float] = field(default_factory=list)
+    unit_overhead_us: float | None = None
     last_loss: float = 0.0
 
     def ratios(self, plain: Contender, kind: str = "wall_ms") -> list[float]:
-        """Median step of each round over the median step of plain training in the same round."""
-        pairs = zip(getattr(self, kind), getattr(plain, kind), strict=True)
-        return [statistics.median(mine) / statistics.median(others) for mine, others in pairs]
+        """Each step's time over that of the plain step of the same round."""
+        return [mine / other for mine, other in zip(getattr(self, kind), getattr(plain, kind), strict=True)]
+
+
+class Turns:
+    """Lets one thread at a time go on, in a fixed order, and times how long each keeps the turn."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._condition = threading.Condition()
+        self._waiting = list(range(num_threads))
+        self._has_turn = 0
+        self._taken: dict[int, tuple[float, float]] = {}
+
+    def take(self, place: int) -> None:
+        """Block until it is this thread's turn."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._waiting[self._has_turn] == place)
+        self._taken[place] = (time.perf_counter(), time.process_time())
+
+    def pass_on(self, place: int, *, for_good: bool = False) -> tuple[float, float]:
+        """Let the next thread go on; return milliseconds and processor milliseconds of this turn."""
+        start, cpu_start = self._taken[place]
+        took = 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - cpu_start)
+        with self._condition:
+            position = self._waiting.index(place)
+            if for_good:
+                self._waiting.remove(place)
+            else:
+                position += 1
+            self._has_turn = position % max(len(self._waiting), 1)
+            self._condition.notify_all()
+        return took
 
 
 class TimedGPT(L.LightningModule):
-    """A small GPT-2 that notes when its steps start; it has no hooks, so that the engine sees an ordinary module."""
+    """A small GPT-2 that gives its turn away at each step; it has no hooks: the engine sees an ordinary module."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, give_turn_away: Callable[[], None]) -> None:
         super().__init__()
         config = GPT2Config(
             vocab_size=VOCABULARY,
@@ -82,11 +114,11 @@ class TimedGPT(L.LightningModule):
             eos_token_id=0,
         )
         self.net = GPT2LMHeadModel(config)
-        self.starts: list[tuple[float, float]] = []
+        self.give_turn_away = give_turn_away
         self.last_loss = torch.zeros(())
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        self.starts.append((time.perf_counter(), time.process_time()))
+        self.give_turn_away()
         logits = self.net(batch[:, :-1], use_cache=False).logits
         self.last_loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         return self.last_loss
@@ -98,8 +130,7 @@ class TimedGPT(L.LightningModule):
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each contender runs")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps in a run")
+    parser.add_argument("--steps", type=int, default=60, help="measured steps")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before them; the first two measure memory")
     parser.add_argument("--windows", type=int, nargs="*", default=[2, 4], help="further windows k, for information")
     parser.add_argument("--layers", type=int, default=12)
@@ -112,7 +143,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run all contenders in rounds, show what they took, and write it down if asked to."""
+    """Let all contenders train in turns, show what they took, and write it down if asked to."""
     options = parse()
     torch.set_num_threads(options.threads)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -120,23 +151,44 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     windows = [Contender(f"k = {k}", k) for k in options.windows]
     contenders = [Contender(PLAIN, None), Contender("k = n", options.layers + 9), *windows]
-    loads: list[float] = [os.getloadavg()[0]]
-    for number in range(options.rounds):
-        for place in range(len(contenders)):
-            # Each round starts with another one: a drift of the machine then favours nobody.
-            run(contenders[(place + number) % len(contenders)], options)
-        loads.append(os.getloadavg()[0])
-        print(f"round {number + 1} of {options.rounds} is done, load average {loads[-1]:.1f}", flush=True)
+    load = os.getloadavg()[0]
+    turns = Turns(len(contenders))
+    with ThreadPoolExecutor(len(contenders)) as pool:
+        runs = [pool.submit(run, contender, place, turns, options) for place, contender in enumerate(contenders)]
+        for each in runs:
+            each.result()
+    loads = [load, os.getloadavg()[0]]
     show(contenders, loads)
     if options.out is not None:
         print(save(contenders, loads, options))
 
 
-def run(contender: Contender, options: argparse.Namespace) -> None:
-    """Train once and note the times."""
-    L.seed_everything(SEED, verbose=False)
-    module = TimedGPT(options)
+def run(contender: Contender, place: int, turns: Turns, options: argparse.Namespace) -> None:
+    """Train once, in turns with the others, and note the times."""
+    torch.set_num_threads(options.threads)  # of this thread: each has its own
+    turns.take(place)
+
+    def give_turn_away() -> None:
+        random_state = torch.get_rng_state()  # one for all threads
+        wall_ms, cpu_ms = turns.pass_on(place)
+        contender.wall_ms.append(wall_ms)
+        contender.cpu_ms.append(cpu_ms)
+        turns.take(place)
+        torch.set_rng_state(random_state)
+
+    try:
+        train(contender, give_turn_away, options)
+    finally:
+        turns.pass_on(place, for_good=True)
+    for times in (contender.wall_ms, contender.cpu_ms):
+        del times[: 1 + options.warm_up]  # what came before the first step counts as one
+
+
+def train(contender: Contender, give_turn_away: Callable[[], None], options: argparse.Namespace) -> None:
+    """Fit a fresh module on fixed random texts."""
     num_steps = options.warm_up + options.steps + 1  # the last step has no end that is seen
+    torch.manual_seed(SEED)
+    module = TimedGPT(options, give_turn_away)
     texts: Any = torch.randint(VOCABULARY, (num_steps * options.batch_size, options.tokens + 1))
     strategy = "auto" if contender.k is None else SuperpipeStrategy(k=contender.k)
     trainer = L.Trainer(
@@ -152,41 +204,37 @@ def run(contender: Contender, options: argparse.Namespace) -> None:
     )
     trainer.fit(module, DataLoader(texts, batch_size=options.batch_size))
     contender.last_loss = module.last_loss.item()
-    for kind, times in enumerate((contender.wall_ms, contender.cpu_ms)):
-        starts = [start[kind] for start in module.starts[options.warm_up :]]
-        times.append([1e3 * (end - start) for start, end in itertools.pairwise(starts)])
     if isinstance(strategy, SuperpipeStrategy):
         report = strategy.report()
         contender.loads, contender.num_units = report.last_step.num_loads, report.num_units
-        contender.unit_overhead_us.append(report.unit_overhead_us)
+        contender.unit_overhead_us = report.unit_overhead_us
 
 
 def show(contenders: list[Contender], loads: list[float]) -> None:
-    """Print a table; the ratios are of medians within one round."""
+    """Print a table; the ratios are of steps of one round."""
     plain = contenders[0]
-    table = Table("", "step, ms", "over plain", "rounds", "processor time", "added to a use of a unit", "engine alone")
+    table = Table(
+        "", "step, ms", "over plain", "quartiles", "processor time", "added to a use of a unit", "engine alone"
+    )
     for contender in contenders:
         ratios, cpu = contender.ratios(plain), contender.ratios(plain, "cpu_ms")
-        step = median_of_all(contender.wall_ms)
-        added = (step - median_of_all(plain.wall_ms)) * 1e3 / max(2 * contender.num_units, 1)
-        own = statistics.median(contender.unit_overhead_us) if contender.unit_overhead_us else None
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        added = (middle - 1) * statistics.median(plain.wall_ms) * 1e3 / max(2 * contender.num_units, 1)
+        own = contender.unit_overhead_us
         table.add_row(
             contender.name,
-            f"{step:.1f}",
-            f"{statistics.median(ratios) - 1:+.1%}",
-            f"{min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%}",
+            f"{statistics.median(contender.wall_ms):.1f}",
+            f"{middle - 1:+.1%}",
+            f"{low - 1:+.1%} to {high - 1:+.1%}",
             f"{statistics.median(cpu) - 1:+.1%}",
             "" if own is None else f"{added:.0f} us",
             "" if own is None else f"{own:.0f} us",
         )
     Console(width=120).print(table)
     same = len({contender.last_loss for contender in contenders}) == 1
-    print(f"last losses are {'equal' if same else 'NOT EQUAL'}; load average {min(loads):.1f} to {max(loads):.1f}")
-
-
-def median_of_all(rounds: list[list[float]]) -> float:
-    """Return the median over all rounds together."""
-    return statistics.median(value for times in rounds for value in times)
+    print(
+        f"last losses are {'equal' if same else 'NOT EQUAL'}; load average {loads[0]:.1f} before, {loads[1]:.1f} after"
+    )
 
 
 def save(contenders: list[Contender], loads: list[float], options: argparse.Namespace) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,10 @@ class _EngineOwner:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.device = engine.device
+
+    def unwatched(self) -> AbstractContextManager[None]:
+        """Scope in which reading host parameters is nobody's business: whoever takes a state dict wants the host's."""
+        return pause(self._engine.watch)
 
     def host_state(self, module: nn.Module) -> dict[str, Any]:
         """The module's parameters and buffers as they are on the host."""
@@ -88,7 +93,7 @@ class UnitOwner(_EngineOwner):
         start = engine.lanes.mark() if is_outermost and engine.lanes.recorder is not None else None
         engine.enter(unit)
         try:
-            with engine.saved.saving():
+            with engine.saved.saving(), engine.casts.watch(unit, engine.slots):
                 output = forward(*args, **kwargs)
             if is_outermost:
                 output = _without_slot_views(engine, output)

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
 from lightning_superpipe.engine.backend import graph_task_id, is_separate
+from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.follower import TRAIN, Follower
 from lightning_superpipe.engine.gradients import GradientReturn
+from lightning_superpipe.engine.graph_end import call_at_end
 from lightning_superpipe.engine.installation import Installation
 from lightning_superpipe.engine.lanes import Label, Lanes, now
 from lightning_superpipe.engine.outside import Outside
@@ -85,7 +85,7 @@ class Engine:
         self._lock = threading.RLock()
         self._graphs: set[int] = set()
         self._calls: list[Unit] = []
-        self._is_in_step = False
+        self._is_in_step = self._is_evaluation = False
         self._in_backward: Unit | None = None
         self._bound_buffers: dict[int, list[BoundBuffer]] = {}
         self._own_seconds, self._num_uses = 0.0, 0
@@ -96,8 +96,9 @@ class Engine:
         self.units = [Unit(i, name, module, anchors, self._make_twin) for i, (name, module) in enumerate(units)]
         slot_bytes = max(unit.num_bytes for unit in self.units)
         self.slots = SlotPool(self.device, window.k, slot_bytes, poison=window.poison, seed=window.slot_seed)
+        self.casts = Casts(self.device)
         self.follower = Follower(len(self.units), window.k, window.k_prime)
-        self.residency = Residency(self.units, self.slots, lanes, self.follower, self._unbind)
+        self.residency = Residency(self.units, self.slots, lanes, self.follower, self.casts, self._unbind)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
         self.saved = SavedTensors(self)
         self.outside = Outside(self.device, self.anchors, self.catalog, self.residency, self.saved, self.recover)
@@ -121,6 +122,7 @@ class Engine:
             elif self._graphs:
                 self.recover()
             if op is Op.BACKWARD and unit is self._in_backward and unit.is_bound:
+                self.casts.fill(unit)
                 return
             start = now() - self.lanes.stall_seconds
             if unit is not self._in_backward:
@@ -149,7 +151,10 @@ class Engine:
 
     def _follow(self, use: Action, unit: Unit) -> None:
         if self._is_in_step and not unit.num_active:
+            was_absent, deviations = unit.slot is None, self.follower.num_deviations
             self.residency.move(self.follower.before(use, self.residency.resident), needed=unit)
+            if was_absent and unit.slot is not None and self.follower.num_deviations > deviations:
+                self.residency.num_plan_misses += 1  # the plan that asked for it was made too late to help
 
     def enter(self, unit: Unit) -> None:
         """A unit's call begins."""
@@ -170,6 +175,7 @@ class Engine:
                     self.residency.part_with_stashed(unit)
                     if self._is_in_step:
                         self.residency.move(self.follower.after(Action(op, unit.index)))
+                self.casts.let_go(unit, is_evaluation=self._is_evaluation)
                 self._boundary()
             caller = self._calls[-1] if self._calls else None
             if caller is not None and caller.parameters and caller.slot is None:  # it was spilled by its callee
@@ -229,15 +235,16 @@ class Engine:
             self.invalidate()
         self.catalog.survey()
         self.residency.drop_stale()
-        self._is_in_step = True
+        self._is_in_step, self._is_evaluation = True, mode != TRAIN
         resident = self.residency.resident()
         self.residency.move(self.follower.begin(mode, resident, next_is_same=is_undisturbed))
 
     def _end_scope(self, mode: str) -> None:
         self._abort_calls()
+        self.casts.sweep()
         self.anchors.flush_buffers()
         if mode != TRAIN:
-            self._is_in_step = False
+            self._is_in_step = self._is_evaluation = False
             self.follower.end()
             self.fence_host_reads()  # the user may write to host parameters as soon as we return
 
@@ -262,13 +269,7 @@ class Engine:
             self._graphs.add(task)
             if not self._is_in_step:
                 self.invalidate()
-            engine_ref = weakref.ref(self)
-
-            def at_end() -> None:
-                if (engine := engine_ref()) is not None:
-                    engine.end_graph(task)
-
-            torch.autograd.Variable._execution_engine.queue_callback(at_end)
+            call_at_end(self, task)
 
     def receive_gradient(self, host: nn.Parameter, gradient: Tensor, label: Label) -> None:
         """Autograd has finished a gradient: send it home."""
@@ -278,6 +279,8 @@ class Engine:
     def end_graph(self, task: int) -> None:
         """A backward pass is over: host parameters are in the modules, gradients are complete on the host."""
         with self._lock:
+            if task not in self._graphs:
+                return  # it raised, and recover() was first
             self._graphs.discard(task)
             if self._graphs:
                 return
@@ -309,7 +312,7 @@ class Engine:
         """Put everything back after an exception that ended the step."""
         self.recover()
         self._abort_calls()
-        self._is_in_step = False
+        self._is_in_step = self._is_evaluation = False
         self.follower.end()
 
     # -- what watches, tokens and owners ask

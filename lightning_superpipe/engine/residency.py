@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.follower import Follower
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.slots import Slot, SlotPool
@@ -39,9 +40,11 @@ class Residency:
         slots: SlotPool,
         lanes: Lanes,
         follower: Follower,
+        casts: Casts,
         unbind: Callable[[Unit], None],
     ) -> None:
         self.units, self.slots, self.lanes, self.follower, self._unbind = units, slots, lanes, follower, unbind
+        self._casts = casts
         self.epoch = 0
         self.last_copy: Event | None = None
         self.num_loads = self.num_plan_misses = self.num_spills = self.num_copied_back = self.num_stashed = 0
@@ -83,6 +86,7 @@ class Residency:
         if unit.arrival is not None:
             self.lanes.compute_waits(unit.arrival, unit.index)
             unit.arrival = None
+        self._casts.fill(unit)
 
     def _make_room(self, unit: Unit) -> None:
         loaded = [other for other in self.units if other.slot is not None and other is not unit]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copyreg
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, Protocol
 
@@ -34,6 +35,9 @@ class Owner(Protocol):
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the module's own ``__call__``, given as ``forward``."""
+
+    def unwatched(self) -> AbstractContextManager[None]:
+        """Scope in which reading host parameters is nobody's business."""
 
     def host_state(self, module: nn.Module) -> dict[str, Any]:
         """The module's ``_parameters`` and ``_buffers`` as they are on the host, whatever is bound now."""
@@ -64,6 +68,14 @@ def swap_out(module: nn.Module) -> None:
         swapped.__bases__ = tuple(base.__dict__.get(_BASE, base) for base in swapped.__bases__)
 
 
+class _Quiet:
+    """Keeps the user's class from hearing of our subclass: some classes register all that derive from them."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        if _BASE not in cls.__dict__:
+            super().__init_subclass__(**options)
+
+
 @cache
 def _streamed_class(base: Any) -> Any:
     """The streamed form of a module class; one per class, so that isinstance and caches by type keep working."""
@@ -77,6 +89,11 @@ def _streamed_class(base: Any) -> Any:
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         return _reduce_as(base, self, super(swapped, self).__reduce_ex__(protocol))
 
+    def _save_to_state_dict(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        owner = owner_of(self)
+        with nullcontext() if owner is None else owner.unwatched():
+            super(swapped, self)._save_to_state_dict(*args, **kwargs)
+
     def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
         kept = fn if owner_of(self) is None else _keeping_device(fn)
         return super(swapped, self)._apply(kept, *args, **kwargs)
@@ -89,11 +106,12 @@ def _streamed_class(base: Any) -> Any:
         "__call__": torch.compiler.disable(__call__),  # type: ignore[no-untyped-call]
         "__reduce_ex__": __reduce_ex__,
         "_apply": _apply,
+        "_save_to_state_dict": _save_to_state_dict,
         _BASE: base,
     }
     if isinstance(getattr(base, "device", None), property):
         namespace["device"] = _device_property(base.device)
-    swapped = types.new_class(base.__name__, (base,), {}, lambda body: body.update(namespace))
+    swapped = types.new_class(base.__name__, (_Quiet, base), {}, lambda body: body.update(namespace))
     return swapped
 
 

@@ -17,20 +17,29 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import hooks_are_allowed, raw_tensors, storage_address
+from lightning_superpipe.engine.casts import Casts, Conversion
 from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.unit import Unit
 
 __all__ = ["SavedTensors", "TokenHost"]
 
-_VIEW_NODES = frozenset(
-    f"{name}Backward{version}"
-    for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "Unsqueeze", "Squeeze", "Expand", "Select", "Slice")
-    for version in (0, 1)
-)
+_VIEWS = "T Transpose Permute View UnsafeView Unsqueeze Squeeze Expand Select Slice Split SplitWithSizes Unbind"
+_VIEW_NODES = frozenset(f"{name}Backward{version}" for name in _VIEWS.split() for version in (0, 1))
 _MODIFIED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: "
     "parameter {index} of unit {unit!r} changed between forward and backward"
 )
+
+
+class _Part(NamedTuple):
+    """A view of a parameter; the offset is in elements."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, parameter: Tensor) -> Tensor:
+        return parameter.as_strided(self.size, self.stride, parameter.storage_offset() + self.offset)
 
 
 class Token(NamedTuple):
@@ -40,7 +49,7 @@ class Token(NamedTuple):
         versions: of the host parameter and of its twin, when saved.
         offset: bytes from the start of the parameter, or of its cast.
         position: of the parameter in its unit.
-        cast: the saved tensor was a view of the parameter converted to this dtype, not of the parameter itself.
+        cast: the saved tensor was a view of this part of the parameter, converted; None: of the parameter itself.
     """
 
     unit: weakref.ref[Unit]
@@ -52,7 +61,7 @@ class Token(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
-    cast: bool
+    cast: _Part | None
 
 
 class _Below(NamedTuple):
@@ -71,6 +80,7 @@ class TokenHost(Protocol):
     device: torch.device
     slots: SlotPool
     units: list[Unit]
+    casts: Casts
 
     def use_in_backward(self, unit: Unit) -> None:
         """Make sure that the unit is loaded, has arrived and is bound."""
@@ -125,32 +135,58 @@ class SavedTensors:
         host = self._host()
         if host is None:
             return tensor
+        place = self._place(host, tensor)
+        if place is None:
+            return self._cast_token(host, tensor) or tensor
+        unit, index, offset = place
+        return self._token(unit, index, tensor, offset, cast=None)
+
+    def _place(self, host: TokenHost, tensor: Tensor) -> tuple[Unit, int, int] | None:
+        """The unit, the parameter and the byte offset in it that a tensor in a slot shows."""
         slot = host.slots.of(tensor)
         if slot is None:
-            return self._cast_token(host, tensor) or tensor
+            return None
         assert slot.tenant is not None, "a tensor of an empty slot was saved"
         unit = host.units[slot.tenant]
         offset = tensor.data_ptr() - slot.address if tensor.numel() else 0
         index = bisect_right(unit.offsets, offset) - 1
-        return self._token(unit, index, tensor, offset - unit.offsets[index], cast=False)
+        return unit, index, offset - unit.offsets[index]
 
     def _cast_token(self, host: TokenHost, tensor: Tensor) -> Token | None:
         """Recognise a view of a twin that autocast has converted: keeping it would keep the model on the device."""
-        if tensor.device.type != self._device.type or storage_address(tensor) is None:
+        if tensor.device.type != self._device.type or (address := storage_address(tensor)) is None:
             return None
-        node = tensor.grad_fn
-        while node is not None and node.name() in _VIEW_NODES:
-            node = node.next_functions[0][0]
+        if (conversion := host.casts.watched.get(address)) is not None:
+            return self._watched_token(host, tensor, conversion)
+        node = _before_views(tensor.grad_fn)
         if node is None or node.name() != "ToCopyBackward0":
             return None
         source: Tensor | None = getattr(node.next_functions[0][0], "variable", None)
-        owner = host.unit_of_twin(source) if source is not None else None
-        if source is None or owner is None or tensor.untyped_storage().nbytes() != source.numel() * tensor.itemsize:
+        if source is None:  # perhaps a part of a weight; which one, the graph does not tell
+            leaf = getattr(_before_views(node.next_functions[0][0]), "variable", None)
+            if leaf is not None and (owner := host.unit_of_twin(leaf)) is not None:
+                host.casts.watch_from_now_on(owner[0])
+            return None
+        owner = host.unit_of_twin(source)
+        if owner is None or tensor.untyped_storage().nbytes() != source.numel() * tensor.itemsize:
             return None
         unit, index = owner
-        return self._token(unit, index, tensor, int(tensor.storage_offset()) * tensor.itemsize, cast=True)
+        host.casts.note(unit, index, tensor)
+        whole = _Part(source.size(), source.stride(), 0)
+        return self._token(unit, index, tensor, int(tensor.storage_offset()) * tensor.itemsize, cast=whole)
 
-    def _token(self, unit: Unit, index: int, tensor: Tensor, offset: int, *, cast: bool) -> Token:
+    def _watched_token(self, host: TokenHost, tensor: Tensor, conversion: Conversion) -> Token | None:
+        source, result = conversion
+        place = self._place(host, source)
+        if place is None or tensor.dtype is not result.dtype:
+            return None
+        unit, index, offset = place
+        if source.numel() == unit.parameters[index].numel():
+            host.casts.note(unit, index, tensor)
+        part = _Part(source.size(), source.stride(), offset // source.itemsize)
+        return self._token(unit, index, tensor, int(tensor.storage_offset()) * tensor.itemsize, cast=part)
+
+    def _token(self, unit: Unit, index: int, tensor: Tensor, offset: int, *, cast: _Part | None) -> Token:
         parameter = unit.parameters[index]
         versions = (parameter._version, unit.twin(index)._version)
         size, stride = tensor.size(), tensor.stride()
@@ -186,11 +222,23 @@ class SavedTensors:
             return _view_of_cast(here, token) if token.cast else _view_of(here, token)
 
 
+def _before_views(node: Any) -> Any:
+    """The node that made the tensor of which views were taken."""
+    while node is not None and node.name() in _VIEW_NODES:
+        node = node.next_functions[0][0]
+    return node
+
+
 def _view_of(parameter: Tensor, token: Token) -> Tensor:
     start = parameter.storage_offset() * parameter.itemsize + token.offset
     return parameter.view(token.dtype).as_strided(token.size, token.stride, start // token.dtype.itemsize)
 
 
 def _view_of_cast(parameter: Tensor, token: Token) -> Tensor:
+    assert token.cast is not None, "a token of a view, not of a cast"
     with torch.no_grad():
-        return parameter.to(token.dtype).as_strided(token.size, token.stride, token.offset // token.dtype.itemsize)
+        return (
+            token.cast.of(parameter)
+            .to(token.dtype)
+            .as_strided(token.size, token.stride, token.offset // token.dtype.itemsize)
+        )

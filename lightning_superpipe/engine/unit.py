@@ -16,7 +16,7 @@ from lightning_superpipe.engine.slots import ALIGNMENT, Slot, storage_key, stora
 from lightning_superpipe.partition import is_streamable
 from lightning_superpipe.tiers import Slab, Tier
 
-__all__ = ["Site", "Unit", "lay_out", "slot_bytes_of"]
+__all__ = ["Site", "Unit", "graph_reference", "lay_out", "num_owners", "slot_bytes_of"]
 
 
 class Site(NamedTuple):
@@ -249,16 +249,16 @@ class Unit:
             return 0
         twin = self.twins[index]
         assert twin is not None
-        return extra - (_graph_reference() if _num_owners(twin) > 1 else 0)
+        return extra - (graph_reference() if num_owners(twin) > 1 else 0)
 
 
-def _num_owners(tensor: Tensor) -> int:
+def num_owners(tensor: Tensor) -> int:
     """How many owners the tensor itself (not its storage) has in C++."""
     return int(tensor._use_count())  # type: ignore[attr-defined]
 
 
 @cache
-def _graph_reference() -> int:
+def graph_reference() -> int:
     """Python references that a parameter gains by being used in a graph (depends on torch's object model)."""
     with raw_tensors():
         box = [nn.Parameter(torch.zeros(1))]

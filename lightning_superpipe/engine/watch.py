@@ -28,6 +28,7 @@ _METADATA = frozenset(
         *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_shared", "is_pinned", "is_inference"),
         *("is_set_to", "_is_view", "data_ptr", "untyped_storage", "requires_grad_", "detach_", "register_hook"),
         *("register_post_accumulate_grad_hook", "__len__", "__repr__", "__format__", "__hash__"),
+        *("__deepcopy__", "__reduce_ex__"),  # copies are the host's
     )
 )
 

@@ -60,7 +60,7 @@ def choose_k(k: int | None, need: MemoryNeed, budget_bytes: int | None, *, k_pri
     asked = min(max(AUTO_K, k_prime + 1) if k is None else k, need.num_units)
     if budget_bytes is None or need.total(asked) <= budget_bytes:
         return asked
-    fits = (budget_bytes - need.total(0)) // need.slot_bytes if need.slot_bytes else asked
+    fits = (budget_bytes - need.total(0)) // need.slot_bytes if need.slot_bytes else 0
     if k is None and fits >= max(1, k_prime):
         return min(asked, fits)
     raise BudgetError(_refusal(asked, need, budget_bytes, fits, k_prime))

@@ -80,7 +80,6 @@ def test_no_window_fits_for_a_large_transfer() -> None:
         choose_k(None, NEED, 600, k_prime=4)
 
 
-@pytest.mark.xfail(reason="without slots the budget is not looked at", strict=True)
 def test_model_without_streamed_bytes_fits_by_its_anchors_alone() -> None:
     need = MemoryNeed(slot_bytes=0, largest_unit="a", anchor_bytes=30, num_units=2)
     assert choose_k(None, need, 30, k_prime=1) == 2

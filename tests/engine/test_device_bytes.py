@@ -275,19 +275,16 @@ def test_dropped_session_gives_its_memory_back(emu: torch.device, held: Bytes) -
 # -- what autocast keeps
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(torch.bfloat16, marks=pytest.mark.xfail(reason="autocast's cache holds every cast", strict=True)),
-        torch.float32,
-    ],
-)
-def test_forward_holds_its_window_also_under_autocast(emu: torch.device, held: Bytes, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("mode", ["train", "validate"])
+@pytest.mark.parametrize("is_autocast", [True, False], ids=["autocast", "float32"])
+def test_forward_holds_its_window_also_under_autocast(
+    emu: torch.device, held: Bytes, is_autocast: bool, mode: str
+) -> None:
     torch.manual_seed(0)
     module = Chain(12, width=128)
-    with closing(session_of(module, emu)) as session, torch.no_grad():
+    with closing(session_of(module, emu)) as session, torch.set_grad_enabled(mode == "train"):
         x = torch.randn(1, 128, device=emu)
-        with session.step("validate"), torch.autocast("emu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        with session.step(mode), torch.autocast("emu", torch.bfloat16, enabled=is_autocast):
             module(x)
             slot_bytes = session.report().peak.slots // session.k
             assert held.now < 4 * slot_bytes

@@ -298,7 +298,6 @@ def test_data_dependent_model_is_exact_and_its_misses_are_counted(kind: type[Cha
         assert session.report().num_plan_misses > 0
 
 
-@pytest.mark.xfail(reason="a load that the new plan asks for at once counts as planned", strict=True)
 def test_step_that_turns_the_order_round_misses(k: int = 2) -> None:
     module: Any = Branches(6)
     module.rng.sample = lambda population, size: list(population)

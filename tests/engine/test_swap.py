@@ -104,7 +104,6 @@ def test_own_call_of_a_class_still_runs() -> None:
     assert torch.equal(module(torch.ones(2)), expected)
 
 
-@pytest.mark.xfail(reason="our subclass counts as one of the user's", strict=True)
 def test_class_that_registers_its_subclasses_is_swapped_all_the_same() -> None:
     registry: dict[str, type] = {}
 

@@ -46,6 +46,18 @@ class Convolution(nn.Module):
         return x + cast(Tensor, self.mix(F.silu(self.norm(self.conv(x[:, None])))))[:, 0]
 
 
+class Adapted(nn.Module):
+    """A frozen layer with a trained one of low rank beside it, (N, WIDTH) -> (N, WIDTH)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + cast(Tensor, self.frozen(x) + self.up(self.down(x))).tanh()
+
+
 def stack(kind: Callable[[], nn.Module]) -> Chain:
     torch.manual_seed(0)
     module = Chain(0)
@@ -57,11 +69,8 @@ def stack(kind: Callable[[], nn.Module]) -> Chain:
 
 def weight_bytes_saved(module: nn.Module, run: Callable[[], Tensor]) -> int:
     """Return the bytes that autograd keeps of tensors whose numbers are those of a weight, whatever dtype or view."""
-    weights = [p.detach().clone().flatten().sort().values for p in module.parameters()]
-    pieces = [
-        *weights,
-        *(row.flatten().sort().values for p in module.parameters() if p.dim() > 2 for row in p.detach()),
-    ]
+    weights = [torch.clone(p) for p in module.state_dict().values()]
+    pieces = [*weights, *(row for weight in weights if weight.dim() > 2 for row in weight)]
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -74,8 +83,10 @@ def weight_bytes_saved(module: nn.Module, run: Callable[[], Tensor]) -> int:
 
 
 def _same(tensor: Tensor, weight: Tensor) -> bool:
-    numbers = tensor.float().flatten().sort().values
-    return tensor.numel() == weight.numel() > 1 and torch.equal(numbers, weight.to(tensor.dtype).float().sort().values)
+    if not tensor.numel() == weight.numel() > 1:
+        return False
+    numbers, expected = (values.float().flatten().sort().values for values in (tensor, weight.to(tensor.dtype)))
+    return torch.equal(numbers, expected)
 
 
 @pytest.mark.parametrize(
@@ -86,11 +97,9 @@ def _same(tensor: Tensor, weight: Tensor) -> bool:
         (Convolution, False),
         (Convolution, True),
         (Attention, False),
-        pytest.param(
-            Attention,
-            True,
-            marks=pytest.mark.xfail(reason="casts of a part of a weight are not recognised", strict=True),
-        ),
+        (Attention, True),
+        (Adapted, False),
+        (Adapted, True),
     ],
 )
 def test_saved_tensors_keep_no_bytes_of_weights(kind: Callable[[], nn.Module], autocast: bool) -> None:
@@ -102,23 +111,30 @@ def test_saved_tensors_keep_no_bytes_of_weights(kind: Callable[[], nn.Module], a
             return cast(Tensor, module(x)).float().pow(2).mean()
 
     assert weight_bytes_saved(module, run) > 0, "the ordinary run keeps them"
-    with open_engine(module, ThreadLanes(CPU, None)) as engine, engine.step("train"):
-        assert weight_bytes_saved(module, run) == 0
+    with open_engine(module, ThreadLanes(CPU, None)) as engine:
+        with engine.step("train"):
+            first = weight_bytes_saved(module, run)
+        with engine.step("train"):
+            assert weight_bytes_saved(module, run) == 0
+    # That autocast converts parts of a weight is learned from the first step.
+    assert (first > 0) is (kind is Attention and autocast)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("kind", [Block, Attention, Convolution])
+@pytest.mark.parametrize("kind", [Block, Attention, Convolution, Adapted])
 def test_gradients_from_tokens_are_exact(kind: Callable[[], nn.Module], autocast: bool) -> None:
     def gradients(module: nn.Module, step: contextlib.AbstractContextManager[object]) -> list[Tensor]:
+        module.zero_grad()
         with step, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = module(batches(1)[0]).float().pow(2).mean()
         backward(loss)
-        return [cast(Tensor, parameter.grad) for parameter in module.parameters()]
+        return [cast(Tensor, parameter.grad) for parameter in module.parameters() if parameter.requires_grad]
 
     expected = gradients(stack(kind), contextlib.nullcontext())
     module = stack(kind)
     with open_engine(module, ThreadLanes(CPU, None)) as engine:
-        assert all(map(torch.equal, gradients(module, engine.step("train")), expected))
+        for _ in range(2):
+            assert all(map(torch.equal, gradients(module, engine.step("train")), expected))
 
 
 # -- a graph and the weights it was made with
@@ -184,16 +200,7 @@ def gradients_after_an_error(module: Chain, engine: Engine, *, is_in_step: bool)
     return [cast(Tensor, parameter.grad) for parameter in module.parameters()]
 
 
-@pytest.mark.parametrize(
-    "is_in_step",
-    [
-        True,
-        pytest.param(
-            False, marks=pytest.mark.xfail(reason="outside a step nobody hears of the error: twins stay", strict=True)
-        ),
-    ],
-    ids=["in a step", "after a step"],
-)
+@pytest.mark.parametrize("is_in_step", [True, False], ids=["in a step", "after a step"])
 def test_model_is_in_order_after_a_backward_pass_that_raised(module: Chain, engine: Engine, is_in_step: bool) -> None:
     plain = chain(4)
     plain(batches(1)[0]).pow(2).mean().backward()
