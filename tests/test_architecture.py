@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "adapters": {"session", "config", "errors", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming
     "app": {"adapters", "session", "config", "errors", "observe", "planning", "sweeps"},
-    "sweeps": {"errors", "config", "observe", "partition", "planning"},
+    "sweeps": {"errors", "config", "observe"},
 }
 MAY_KNOW_FRAMEWORKS = {"adapters", "app", "recipes"}
 TORCH_FREE = {"planning", "errors"}

@@ -49,9 +49,11 @@ class SuperpipeMonitor(L.Callback):
         self._logged_total = StepCounters()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget an earlier fit."""
+        """Count from here."""
         self._start_over()
         self._logged_step = trainer.global_step
+        if isinstance(trainer.strategy, SuperpipeMixin):  # the sanity check has loaded units already
+            self._logged_total = trainer.strategy.report().total
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the batch; log when the trainer does."""
