@@ -219,10 +219,15 @@ def test_module_names_say_what_is_inside() -> None:
 
 def test_every_folder_is_a_package_and_is_packaged() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    moved = {ROOT / place: package for package, place in setuptools["package-dir"].items()}
     code = {path.parent for path in sources(PACKAGE)}
     groups = {path.parent for kind in ("*.py", "*.yaml") for path in (ROOT / "configs").rglob(kind)}
-    names = {".".join(folder.relative_to(ROOT).parts) for folder in code}
-    names |= {".".join((PACKAGE, *folder.relative_to(ROOT).parts)) for folder in groups}
+
+    def packaged(folder: Path) -> str:
+        place = next((place for place in moved if folder.is_relative_to(place)), ROOT)
+        return ".".join([*filter(None, [moved.get(place)]), *folder.relative_to(place).parts])
+
+    names = {packaged(folder) for folder in code | groups} | {"hydra_plugins"}  # a namespace, of several distributions
     assert sorted(setuptools["packages"]) == sorted(names)
     assert [str(folder) for folder in code | groups if not (folder / "__init__.py").exists()] == []
     assert (ROOT / PACKAGE / "py.typed").exists()

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from omegaconf import DictConfig
 
+from lightning_superpipe.app.groups import group_options
 from lightning_superpipe.config import nearest
 from lightning_superpipe.errors import ConfigError
 
-__all__ = ["Parts", "assemble", "build", "build_module", "group_options", "ordinary_strategy"]
+__all__ = ["Parts", "assemble", "build", "build_module", "ordinary_strategy"]
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
-_MISSING = re.compile(r"missing \d+ required .*")
 
 
 class Parts(NamedTuple):
@@ -44,33 +44,39 @@ def assemble(config: DictConfig, added: Iterable[L.Callback] = (), **trainer_arg
         trainer_arguments: instead of those of the configuration.
 
     Raises:
-        ConfigError: model or data are missing, or a constructor does not know an argument.
+        ConfigError: model or data are missing, or a constructor refuses its arguments.
     """
     _require(config, "model", "data")
-    module = build_module(config)
-    data = build(config.data, "data")
-    chosen: dict[str, Any] = {
+    callbacks = [*_build_each(config.callbacks, "callbacks"), *added]
+    chosen = {
         "strategy": build(config.superpipe, "superpipe"),
         "logger": _build_each(config.logger, "logger") or False,
+        "callbacks": callbacks,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
+        "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in callbacks),
         "default_root_dir": config.output_dir,
+        **trainer_arguments,
     }
-    chosen["callbacks"] = _build_each(config.callbacks, "callbacks") + list(added)
-    chosen["enable_checkpointing"] = any(isinstance(one, L.pytorch.callbacks.Checkpoint) for one in chosen["callbacks"])
-    chosen["enable_progress_bar"] = any(isinstance(one, L.pytorch.callbacks.ProgressBar) for one in chosen["callbacks"])
-    return Parts(module, data, build(config.trainer, "trainer", **{**chosen, **trainer_arguments}))
+    trainer = build(config.trainer, "trainer", **chosen)
+    module = build_module(config)
+    return Parts(module, build(config.data, "data"), trainer)
 
 
 def build_module(config: DictConfig) -> L.LightningModule:
-    """Seed everything and return the module; its optimizer and schedule are handed to it if it takes them."""
+    """Seed everything and return the module; its optimizer and schedule are handed to it if it takes them.
+
+    Raises:
+        ConfigError: there is no model, or its constructor refuses its arguments.
+    """
     _require(config, "model")
-    if config.machine.num_threads is not None:
-        torch.set_num_threads(config.machine.num_threads)
-    if config.machine.float32_matmul_precision is not None:
-        torch.set_float32_matmul_precision(config.machine.float32_matmul_precision)
+    machine = config.machine
+    if machine.num_threads is not None:
+        torch.set_num_threads(machine.num_threads)
+    if machine.float32_matmul_precision is not None:
+        torch.set_float32_matmul_precision(machine.float32_matmul_precision)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    made = {"optimizer": build(config.optimizer, "optimizer") if config.optimizer else None}
-    made["scheduler"] = build(config.scheduler, "scheduler") if config.scheduler else None
-    module: L.LightningModule = build(config.model, "model", optional=made)
+    makers = {key: build(config[key], key) for key in ("optimizer", "scheduler") if config[key]}
+    module: L.LightningModule = build(config.model, "model", optional=makers)
     return module
 
 
@@ -80,31 +86,24 @@ def build(node: DictConfig, key: str, *, optional: Mapping[str, Any] | None = No
     Args:
         node: with ``_target_`` and its arguments.
         key: where the node stands, for messages.
-        optional: arguments to hand over if the target names them.
+        optional: arguments to hand over if the target takes them.
         arguments: others to hand over, instead of those of the node.
 
     Raises:
-        ConfigError: there is no such target, a library is not installed, or it does not take an argument.
+        ConfigError: there is no target, a library is not installed, or the target refuses its arguments.
     """
-    if "_target_" not in node:
-        raise ConfigError(f"`{key}` has no `_target_`, the class to make it of. Choose one of: {group_options(key)}.")
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        raise ConfigError(f"`{key}` has no `_target_`, the class to make it of: {node}")
+    make = instantiate(node, _partial_=True, _convert_="all")
+    if node.get("_partial_"):
+        return make
+    arguments |= {name: value for name, value in (optional or {}).items() if _takes(make.func, name)}
     try:
-        make = instantiate(node, _partial_=True, _convert_="all")
-        if node.get("_partial_"):
-            return make
-        more = {name: value for name, value in (optional or {}).items() if value is not None}
-        return make(**arguments, **{name: value for name, value in more.items() if _takes(make.func, name)})
+        return make(**arguments)
     except ModuleNotFoundError as error:
         raise ConfigError(f"`{key}` needs a library that is not installed: {error}") from error
-    except TypeError as error:
-        raise _explained(error, make, key) from error
-
-
-def group_options(group: str) -> str:
-    """Return the files of a configuration group as a list in words."""
-    if not GlobalHydra.instance().is_initialized():
-        return "(unknown)"
-    return ", ".join(GlobalHydra.instance().config_loader().get_group_options(group)) or "(none)"
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ConfigError(_refusal(error, make, key)) from error
 
 
 def _build_each(nodes: Mapping[str, DictConfig | None] | None, key: str) -> list[Any]:
@@ -116,10 +115,11 @@ def _require(config: DictConfig, *groups: str) -> None:
     """Raise ConfigError where a group was not chosen, with what there is."""
     missing = [group for group in groups if not config.get(group)]
     if missing:
-        choices = "; ".join(f"{group}: {group_options(group)}" for group in missing)
+        known = {group: ", ".join(group_options(group)) or "none" for group in (*missing, "experiment")}
+        choices = " and ".join(f"{group}=NAME with one of: {known[group]}" for group in missing)
         raise ConfigError(
-            f"nothing says which {' and '.join(missing)} to use. Choose a whole recipe with experiment=NAME "
-            f"({group_options('experiment')}), or {' '.join(f'{group}=NAME' for group in missing)} ({choices})."
+            f"nothing says which {' and '.join(missing)} to use. Choose a whole recipe, experiment=NAME with one of: "
+            f"{known['experiment']}; or {choices}."
         )
 
 
@@ -135,15 +135,11 @@ def _takes(target: Any, name: str) -> bool:
     return False
 
 
-def _explained(error: TypeError, make: Any, key: str) -> Exception:
-    """Return the error as one about the configuration where it is about the arguments, else itself."""
-    target = make.func
-    known = [name for name in inspect.signature(target).parameters if name not in ("self", "args", "kwargs")]
+def _refusal(error: Exception, make: Any, key: str) -> str:
+    """Return why a target refuses its arguments: an unknown one with the nearest it takes, else its own words."""
+    name = make.func.__name__
     unexpected = _UNEXPECTED.search(str(error))
     if unexpected and unexpected[1] in make.keywords:
-        name = unexpected[1]
-        return ConfigError(f"`{key}.{name}`: {target.__name__} takes no {name!r}: {nearest(name, known)}")
-    missing = _MISSING.search(str(error))
-    if missing:
-        return ConfigError(f"`{key}`: {target.__name__} is not complete: {missing[0]}.")
-    return error
+        taken = [one for one in inspect.signature(make.func).parameters if one not in ("self", "args", "kwargs")]
+        return f"`{key}.{unexpected[1]}`: {name} takes no {unexpected[1]!r}: {nearest(unexpected[1], taken)}"
+    return f"`{key}`: {error}" if isinstance(error, ConfigError) else f"`{key}`: {name} refuses its arguments: {error}"

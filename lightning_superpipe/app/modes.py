@@ -1,152 +1,181 @@
-"""What a run does: one function for each mode."""
+"""What a run does: one function for each mode, whose docstring is its line in ``superpipe --help``."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_superpipe.adapters.strategy import SuperpipeMixin
-from lightning_superpipe.app.assembly import Parts, assemble
+from lightning_superpipe.app.assembly import Parts, assemble, build, build_module
+from lightning_superpipe.app.job import Job
+from lightning_superpipe.app.predictions import write_predictions
+from lightning_superpipe.app.preview import predicted_peak_bytes, preview
+from lightning_superpipe.app.quiet import quieten
 from lightning_superpipe.app.steps import StepClock
-from lightning_superpipe.errors import ConfigError
-from lightning_superpipe.sweeps import JobResult, Row, record_job
+from lightning_superpipe.config import parse_bytes
+from lightning_superpipe.config import parse_bytes
+from lightning_superpipe.errors import ConfigError, SuperpipeError, UnsupportedError
+from lightning_superpipe.observe import write_recording
+from lightning_superpipe.sweeps import JobResult, record_job
 
 __all__ = ["MODES", "run"]
 
+_RECORDED_STEP = 2  # like all later ones
 
-@dataclass(frozen=True)
-class Job:
-    """One run of the application.
-
-    Attributes:
-        config: composed, with everything that was asked.
-        folder: what the run writes goes there.
-        sweep_folder: of all jobs of the sweep; the same as ``folder`` where there is none.
-        is_sweep: it is one of many.
-    """
-
-    config: DictConfig
-    folder: Path
-    sweep_folder: Path
-    is_sweep: bool
-
-    @classmethod
-    def current(cls, config: DictConfig) -> Job:
-        """Return the job that Hydra is about to run."""
-        hydra = HydraConfig.get()
-        folder = Path(hydra.runtime.output_dir)
-        is_sweep = hydra.mode is RunMode.MULTIRUN
-        return cls(config, folder, Path(hydra.sweep.dir).absolute() if is_sweep else folder, is_sweep)
-
-    def plain_config(self) -> dict[str, Any]:
-        """Return what was asked as plain values, without the folder: equal for equal jobs."""
-        config = self.config.copy()
-        config.output_dir = "."
-        plain = OmegaConf.to_container(config, resolve=True)
-        assert isinstance(plain, dict)
-        return {str(key): value for key, value in plain.items()}
+# What a measurement leaves out.
+_BARE: dict[str, Any] = {
+    "logger": False,
+    "limit_val_batches": 0,
+    "max_epochs": -1,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+}
 
 
 def run(config: DictConfig) -> float | None:
-    """Do what ``config.mode`` says; return what a search makes small, if anything.
+    """Do what ``config.mode`` says; return what a search makes small, None where there is nothing to search.
 
     Raises:
         SuperpipeError: something was asked that cannot be done.
     """
     if config.mode not in MODES:
         raise ConfigError(f"mode={config.mode}: allowed are {', '.join(MODES)}.")
+    quieten()
     job = Job.current(config)
-    (job.folder / "config.yaml").write_text(OmegaConf.to_yaml(job.config, resolve=True), encoding="utf-8")
+    job.save_config()
     return MODES[config.mode](job)
 
 
 def train(job: Job) -> float | None:
-    """Fit, and write the row of the job."""
-    return _recorded(job, lambda: _fit(job))
+    """Fit, then report memory and traffic (the default)."""
+
+    def fit() -> JobResult:
+        clock = StepClock()
+        return _fit(job, assemble(job.config, [clock]), clock)
+
+    return _recorded(job, fit)
 
 
 def bench(job: Job) -> float | None:
-    """Time some steps without validation, callbacks and loggers, and write the row of the job."""
-    return _recorded(job, lambda: _bench(job))
+    """Time some training steps, without validation, logger and checkpoint."""
 
+    def fit() -> JobResult:
+        asked = job.config.bench
+        clock = StepClock(asked.num_warmup_steps)
+        num_steps = asked.num_warmup_steps + asked.num_steps
+        return _fit(job, assemble(job.config, max_steps=num_steps, callbacks=[clock], **_BARE), clock)
 
-def _recorded(job: Job, work: Callable[[], JobResult]) -> float | None:
-    row: Row = record_job(job.sweep_folder, job.plain_config(), work, is_sweep=job.is_sweep)
-    return row.objective()
-
-
-def _fit(job: Job) -> JobResult:
-    clock = StepClock()
-    parts = assemble(job.config, [clock])
-    parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=job.config.ckpt_path)
-    return _result(parts, clock)
-
-
-def _bench(job: Job) -> JobResult:
-    wanted = job.config.bench
-    clock = StepClock(wanted.num_warmup_steps)
-    parts = assemble(
-        job.config,
-        max_steps=wanted.num_warmup_steps + wanted.num_steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        logger=False,
-        callbacks=[clock],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
-    parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=job.config.ckpt_path)
-    return _result(parts, clock)
-
-
-def _result(parts: Parts, clock: StepClock) -> JobResult:
-    """Return the numbers of a run that trained, and show its report."""
-    strategy, metrics = parts.trainer.strategy, parts.trainer.callback_metrics
-    report = strategy.report() if isinstance(strategy, SuperpipeMixin) else None
-    if report is not None:
-        Console().print(report)
-    print(f"{clock.step_ms:.1f} ms/step, loss {clock.loss:.4f} after {clock.num_steps} steps", file=sys.stdout)
-    return JobResult(
-        loss=clock.loss,
-        step_ms=clock.step_ms,
-        metrics={name: float(value) for name, value in metrics.items()},
-        report=report,
-        num_parameters=sum(parameter.numel() for parameter in parts.module.parameters()),
-        device=str(strategy.root_device),
-    )
+    return _recorded(job, fit)
 
 
 def evaluate(job: Job) -> None:
-    """Test where data and module know how, validate otherwise."""
+    """Measure on held-out data: test where module and data have one, else validate."""
     parts = assemble(job.config)
     tests = is_overridden("test_dataloader", parts.data) and is_overridden("test_step", parts.module)
     measure = parts.trainer.test if tests else parts.trainer.validate
     measure(parts.module, datamodule=parts.data, ckpt_path=job.config.ckpt_path)
+    _show_report(parts)
 
 
 def predict(job: Job) -> None:
-    """Predict, and write what came."""
+    """Predict, and write what came: predictions.jsonl for texts, else predictions.pt."""
     parts = assemble(job.config)
     batches = parts.trainer.predict(parts.module, datamodule=parts.data, ckpt_path=job.config.ckpt_path)
-    path = job.folder / "predictions.pt"
-    torch.save(batches, path)
+    path = write_predictions(batches or [], job.folder)
+    _show_report(parts)
     print(f"{len(batches or [])} batches of predictions: {path}")
+
+
+def plan(job: Job) -> None:
+    """Print units, window and plan; nothing runs."""
+    strategy = build(job.config.superpipe, "superpipe")
+    if not isinstance(strategy, SuperpipeMixin):
+        raise _nothing_streams("plan")
+    module = build_module(job.config)
+    module.configure_model()
+    print(preview(module, strategy.config))
+
+
+def trace(job: Job) -> None:
+    """Record one training step: trace.json for https://ui.perfetto.dev, and pictures."""
+    config = job.config.copy()
+    if "record_step" not in config.superpipe:
+        raise _nothing_streams("trace")
+    if config.superpipe.record_step is None:
+        config.superpipe.record_step = _RECORDED_STEP
+    step = config.superpipe.record_step
+    parts = assemble(config, max_steps=step + 1, callbacks=[], **_BARE)
+    parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=config.ckpt_path)
+    recording = _streaming(parts).recording
+    if recording is None:
+        raise SuperpipeError(
+            f"training ended before step {step} (superpipe.record_step) was over: record an earlier one."
+        )
+    _show_report(parts)
+    try:
+        paths = write_recording(recording, job.folder)
+    except UnsupportedError as error:
+        print(f"No pictures: {error}")
+        paths = [job.folder / "trace.json"]
+    print(f"{paths[0].parent}: {', '.join(path.name for path in paths)}")
+    print("trace.json opens in https://ui.perfetto.dev")
 
 
 MODES: dict[str, Callable[[Job], float | None]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "plan": plan,
     "bench": bench,
+    "trace": trace,
 }
-"""Every mode, by its word on the command line."""
+"""Every mode by its word on the command line."""
+
+
+def _recorded(job: Job, work: Callable[[], JobResult]) -> float | None:
+    """Run a job that leaves a row."""
+    row = record_job(job.rows_folder, job.plain_config(), work, is_sweep=job.is_sweep)
+    if not row.is_finished:
+        print(f"{row.status.value}: {(row.error or '').strip().splitlines()[-1]}")
+    cap = job.config.memory_cap
+    return row.objective(None if cap is None else parse_bytes(cap))
+
+
+def _fit(job: Job, parts: Parts, clock: StepClock) -> JobResult:
+    parts.trainer.fit(parts.module, datamodule=parts.data, ckpt_path=job.config.ckpt_path)
+    _show_report(parts)
+    print(f"{clock.num_steps} steps, {clock.step_ms:.1f} ms each, last loss {clock.loss:.4f}: {job.folder}")
+    strategy = parts.trainer.strategy
+    streamed: dict[str, Any] = {}
+    if isinstance(strategy, SuperpipeMixin):
+        report = strategy.report()
+        streamed = {"report": report, "predicted_peak_bytes": predicted_peak_bytes(strategy.units, report.k)}
+    return JobResult(
+        loss=clock.loss,
+        step_ms=clock.step_ms,
+        metrics={name: float(value) for name, value in parts.trainer.callback_metrics.items()},
+        num_parameters=sum(parameter.numel() for parameter in parts.module.parameters()),
+        device=str(strategy.root_device),
+        **streamed,
+    )
+
+
+def _show_report(parts: Parts) -> None:
+    """Print what streaming cost and saved, if anything streamed."""
+    if isinstance(parts.trainer.strategy, SuperpipeMixin):
+        Console().print(parts.trainer.strategy.report())
+
+
+def _streaming(parts: Parts) -> SuperpipeMixin:
+    strategy = parts.trainer.strategy
+    if not isinstance(strategy, SuperpipeMixin):
+        raise _nothing_streams("trace")
+    return strategy
+
+
+def _nothing_streams(mode: str) -> ConfigError:
+    return ConfigError(f"mode={mode} shows what streams, and with superpipe=off nothing does: leave superpipe=off out.")

@@ -11,7 +11,7 @@ from typing import Any
 
 from humanize import naturalsize
 
-from lightning_superpipe.observe import Recording, Report, draw_memory, draw_timeline
+from lightning_superpipe.observe import Recording, Report, write_recording
 
 __all__ = ["Results", "conclusion", "write_results"]
 
@@ -81,21 +81,13 @@ def write_results(results: Results, folder: Path) -> list[Path]:
     Raises:
         OSError: the folder cannot be written.
     """
-    recording = results.recording
-    pictures = []
-    for name, draw in (("memory", draw_memory), ("timeline", draw_timeline)):
-        for suffix, dark in (("", False), ("-dark", True)):
-            pictures.append(folder / f"{name}{suffix}.svg")
-            draw(recording, pictures[-1], dark=dark)
     texts = {
         "sample.txt": "\n\n".join(results.samples) + "\n",
         "report.json": json.dumps(results.as_json(), indent=1) + "\n",
-        "trace.json": json.dumps(recording.to_chrome_trace()),
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-    recording.save(folder / "recording.json")
-    return [*pictures, *(folder / name for name in texts), folder / "recording.json"]
+    return [*write_recording(results.recording, folder), *(folder / name for name in texts)]
 
 
 def conclusion(results: Results, frequency_bits: float, paths: list[Path]) -> str:

@@ -1,0 +1,86 @@
+"""What went wrong, in a paragraph: what was asked, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import torch
+from hydra.errors import CompactHydraException, InstantiationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import Container, DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_superpipe.app.groups import GROUPS, group_options
+from lightning_superpipe.config import Adversary, Link, nearest
+from lightning_superpipe.errors import SuperpipeError
+
+__all__ = ["explain"]
+
+_NESTED = {
+    f"superpipe.{name}": tuple(field.name for field in fields(schema))
+    for name, schema in (("link", Link), ("adversary", Adversary))
+}
+_NOT_FOUND = re.compile(r"Could not find '(?P<group>[\w/]+)/(?P<option>[\w.-]+)'")
+
+
+def explain(error: BaseException) -> str | None:
+    """Return a paragraph for an error that a user can mend; None for all others, whose traceback is needed.
+
+    >>> explain(SuperpipeError("k=9 does not fit."))
+    'k=9 does not fit.'
+    """
+    if isinstance(error, InstantiationException):
+        return _instantiation(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the device's memory is full: {error}\nUse a smaller superpipe.k or a smaller batch."
+    if isinstance(error, CompactHydraException):
+        return _composition(error)
+    if isinstance(error, OmegaConfBaseException):
+        return f"`{error.full_key}`: {_first_line(error)}" if error.full_key else _first_line(error)
+    if isinstance(error, SuperpipeError | MisconfigurationException | FileNotFoundError | PermissionError):
+        return str(error)
+    return None
+
+
+def _instantiation(error: InstantiationException) -> str:
+    """Return why an object could not be made: the words of the innermost cause, and the key."""
+    causes: list[BaseException] = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    if isinstance(causes[-1], SuperpipeError):
+        return str(causes[-1])
+    what = str(error).replace(", set env var HYDRA_FULL_ERROR=1 to see chained exception.", ".")
+    return f"{what}\n{causes[-1]}" if len(causes) > 1 else what
+
+
+def _composition(error: CompactHydraException) -> str:
+    """Return what is wrong with the overrides or the files."""
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
+        return _unknown_key(str(cause.full_key), cause.parent_node)
+    missing = _NOT_FOUND.search(str(error))
+    if missing:
+        group, option = missing["group"], missing["option"]
+        known = group_options(group)
+        meaning = f" ({GROUPS[group]})" if group in GROUPS else ""
+        return (
+            f"unknown option {group}={option}: {nearest(option, known)} Group {group!r}{meaning}: {', '.join(known)}."
+        )
+    return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
+
+
+def _unknown_key(key: str, parent: Container | None) -> str:
+    """Return what is known beside a key that is not."""
+    above, _, last = key.rpartition(".")
+    names = [str(name) for name in parent or ()] if isinstance(parent, DictConfig) else []
+    if above and not names:
+        known = f" It takes {', '.join(_NESTED[above])}." if above in _NESTED else ""
+        return f"{key!r}: {above} is null; give it as a whole, as in '{above}={{{last}: ...}}'.{known}"
+    if not above:
+        names = [*GROUPS, *(name for name in names if name not in GROUPS and name != "hydra")]
+    return f"unknown key {key!r}: {nearest(key, [f'{above}.{name}' if above else name for name in names])}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,115 @@
+"""What a run would do: units, window, bytes and plan of a module that nothing has run of yet."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+import torch
+from humanize import naturalsize
+from torch import nn
+
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.planning.actions import Op, Plan
+from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.lower import forward_keep, lower_window
+from lightning_superpipe.planning.order import forward_order, training_order
+from lightning_superpipe.session import Session, UnitTable
+
+__all__ = ["Preview", "predicted_peak_bytes", "preview"]
+
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What streaming a module would mean; ``print`` it.
+
+    Attributes:
+        units: units and anchors, with their bytes.
+        k: most units on the device at once, as chosen.
+        k_prime: units moved per transfer.
+        training: plan of a training step over the units in order of registration.
+        inference: plan of a forward pass that is repeated.
+        peak_bytes: device bytes known before the first step; activations come on top.
+    """
+
+    units: UnitTable
+    k: int
+    k_prime: int
+    training: Plan
+    inference: Plan
+    peak_bytes: int
+
+    @property
+    def h2d_bytes(self) -> int:
+        """Bytes copied to the device in a training step."""
+        return _h2d_bytes(self.training, self.units)
+
+    def __str__(self) -> str:
+        """Return everything as text."""
+        return "\n\n".join([str(self.units), self._window(), *self._plans()])
+
+    def _window(self) -> str:
+        slots = self.k * self.units.largest.num_bytes
+        stay = self.units.anchor_bytes + self.units.buffer_bytes
+        return (
+            f"Window: k={self.k}, k_prime={self.k_prime}. On the device before activations: {_size(self.peak_bytes)} "
+            f"({_size(slots)} of slots, {_size(stay)} of anchors and buffers, "
+            f"{_size(self.peak_bytes - slots - stay)} for gradients on their way home)."
+        )
+
+    def _plans(self) -> list[str]:
+        """Return both plans, wrapped; units are numbered from 0 in the order of the table."""
+        known = (("A training step", self.training), ("A forward pass, repeated", self.inference))
+        return [
+            f"{name}: {plan.num_loads} loads, {_size(_h2d_bytes(plan, self.units))} to the device\n"
+            + textwrap.fill(str(plan), _WIDTH, initial_indent="  ", subsequent_indent="  ")
+            for name, plan in known
+        ]
+
+
+def preview(module: nn.Module, config: SuperpipeConfig) -> Preview:
+    """Return what streaming the module would mean; nothing of it runs, and it stays as it is.
+
+    Raises:
+        PartitionError, UnsupportedError: the module cannot be streamed, or not as asked.
+        BudgetError: the window does not fit ``device_memory``.
+    """
+    session = Session(module, config, torch.device("cpu"), trains=True)
+    try:
+        units, k, k_prime = session.units, session.k, session.k_prime
+    finally:
+        session.close()
+    num_units = sum(row.role == "unit" for row in units)
+    forward = forward_order(num_units)
+    keep = forward_keep(forward, k, k_prime)
+    first = lower_window(forward, k=k, k_prime=k_prime, keep=keep, cyclic=True)
+    return Preview(
+        units=units,
+        k=k,
+        k_prime=k_prime,
+        training=lower_window(training_order(num_units), k=k, k_prime=k_prime),
+        inference=lower_window(forward, k=k, k_prime=k_prime, resident=first.final_resident, keep=keep, cyclic=True),
+        peak_bytes=predicted_peak_bytes(units, k),
+    )
+
+
+def predicted_peak_bytes(units: UnitTable, k: int) -> int:
+    """Return the device bytes of training that are known before the first step; activations come on top."""
+    need = MemoryNeed(
+        slot_bytes=units.largest.num_bytes,
+        largest_unit=units.largest.name,
+        anchor_bytes=units.anchor_bytes + units.buffer_bytes,
+        num_units=len(units),
+    )
+    return need.total(k)
+
+
+def _h2d_bytes(plan: Plan, units: UnitTable) -> int:
+    sizes = [row.num_bytes for row in units if row.role == "unit"]
+    return sum(sizes[action.unit] for action in plan.actions if action.op is Op.PREFETCH)
+
+
+def _size(num_bytes: int) -> str:
+    return naturalsize(num_bytes, binary=True)

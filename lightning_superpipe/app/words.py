@@ -1,0 +1,72 @@
+"""The words of the command line: ``superpipe plan experiment=...`` is short for ``mode=plan experiment=...``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning_superpipe.app.groups import GROUPS, group_options
+from lightning_superpipe.app.modes import MODES
+from lightning_superpipe.config import nearest
+from lightning_superpipe.errors import ConfigError
+
+__all__ = ["help_text", "overrides_of"]
+
+_WITH_VALUE = frozenset(
+    ("-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir")
+    + ("-c", "--cfg", "-i", "--info", "--experimental-rerun")
+)
+
+_HELP = """\
+superpipe: train models larger than your device's memory, as a Hydra application.
+
+  superpipe MODE experiment=NAME [group=option ...] [key=value ...]
+
+Modes
+{modes}
+  report FOLDER  table and picture of a sweep
+
+Groups
+{groups}
+
+Examples
+  superpipe plan experiment=NAME superpipe.k=2      what would stream, in which order; nothing runs
+  superpipe train experiment=NAME superpipe=off     the same without streaming
+  superpipe -m experiment=NAME superpipe.k=1,2,4    a sweep; then: superpipe report multirun/NAME
+  superpipe train experiment=NAME --cfg job         the whole configuration; runs nothing
+
+Results go to outputs/DAY/TIME, of sweeps to multirun/NAME. Hydra's own flags: superpipe --hydra-help.
+HYDRA_FULL_ERROR=1 shows where an error happened."""
+
+
+def overrides_of(words: Sequence[str]) -> list[str]:
+    """Return the command line as Hydra takes it.
+
+    Raises:
+        ConfigError: a word is no mode.
+
+    >>> overrides_of(["-m", "bench", "superpipe.k=1,2"])
+    ['-m', 'mode=bench', 'superpipe.k=1,2']
+    """
+    return list(_translated(words))
+
+
+def _translated(words: Sequence[str]) -> Iterator[str]:
+    before = ""
+    for word in words:
+        is_override = "=" in word or word.startswith(("-", "~", "+")) or before in _WITH_VALUE
+        if not is_override and word not in MODES:
+            raise ConfigError(
+                f"{word!r} is no mode: {nearest(word, [*MODES, 'report'])} (Values are given as key=value.)"
+            )
+        yield word if is_override else f"mode={word}"
+        before = word
+
+
+def help_text() -> str:
+    """Return what ``superpipe --help`` prints."""
+    modes = "\n".join(f"  {mode:<14} {(function.__doc__ or '').splitlines()[0]}" for mode, function in MODES.items())
+    groups = "\n".join(
+        f"  {group:<14} {meaning}\n{'':<17}{', '.join(group_options(group)) or '-'}"
+        for group, meaning in GROUPS.items()
+    )
+    return _HELP.format(modes=modes, groups=groups)
