@@ -23,7 +23,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "The CPU stands in for a device with little memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=_count, default=300, help="training steps")
+    parser.add_argument("--steps", type=_count, default=240, help="training steps")
     parser.add_argument("--batch-size", type=_count, default=2, help="texts in a step")
     parser.add_argument("--k", type=_count, default=2, help="most units on the device at once")
     parser.add_argument("--k-prime", type=_count, default=1, help="units moved per transfer")

@@ -19,7 +19,7 @@ from lightning_superpipe import SuperpipeStrategy
 from lightning_superpipe.demo.results import Results, conclusion, write_results
 from lightning_superpipe.recipes.language_model import ByteLanguageModel, SourceCode
 from lightning_superpipe.recipes.module import warmup_cosine
-from lightning_superpipe.recipes.text import FILE_END, Corpus
+from lightning_superpipe.recipes.text import Corpus
 
 __all__ = ["run"]
 
@@ -131,9 +131,8 @@ def _texts(options: argparse.Namespace) -> SourceCode:
 
 def _written(trainer: L.Trainer, module: ByteLanguageModel, texts: SourceCode) -> list[str]:
     """Return texts that the network makes up after a prompt."""
-    rows = [row for batch in trainer.predict(module, datamodule=texts) or [] for row in batch]
-    written = (bytes(row.tolist()).split(bytes([FILE_END]))[0] for row in rows)
-    return [text.decode(errors="replace").strip("\n") for text in written]
+    batches: list[Any] = trainer.predict(module, datamodule=texts) or []
+    return [text.strip("\n") for batch in batches for text in batch]
 
 
 def _introduction(device_memory: int | str | None, module: ByteLanguageModel, corpus: Corpus) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class FineTuning(RecipeModule):
         lora: options of ``peft.LoraConfig``, such as ``{r: 8, target_modules: [q_proj, v_proj]}``; None trains all.
         recompute: keep only the input of each block in forward.
         generation: options of ``generate`` for predicting; by default the likeliest 64 tokens at most.
+        kind: the transformers class that chooses the architecture.
+        added_tokens: special tokens in addition to bytes.
         options: ``optimizer``, ``scheduler``, ``save_to``: see :class:`RecipeModule`. Of a LoRA the adapter is saved.
 
     Raises:
@@ -49,16 +51,14 @@ class FineTuning(RecipeModule):
         lora: Mapping[str, Any] | None = None,
         recompute: bool = False,
         generation: Mapping[str, Any] | None = None,
+        kind: str = "AutoModelForCausalLM",
+        added_tokens: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        words = load_tokenizer(tokenizer or pretrained)
-        net: Any = make_network(
-            "AutoModelForCausalLM",
-            pretrained=pretrained,
-            config=config,
-            dtype=dtype,
-            changes=None if config is None else {"vocab_size": len(words)},
-        )
+        words = load_tokenizer(tokenizer or pretrained, added_tokens)
+        if config is not None:
+            config = _with_vocabulary(config, len(words))
+        net: Any = make_network(kind, pretrained=pretrained, config=config, dtype=dtype)
         _refuse_foreign_tokenizer(net, words, tokenizer or pretrained)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if config is not None or getattr(net.generation_config, name) is None:
@@ -88,17 +88,27 @@ class FineTuning(RecipeModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[str]:
         """Answer prompts that are padded on the left, shape (B, T)."""
+        return self.answers(batch)
+
+    def answers(self, batch: Batch) -> list[str]:
+        """Return what the model writes after each prompt."""
         written = self.net.generate(**batch, **self._generation)
-        answers: list[str] = self.tokenizer.batch_decode(
-            written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        return answers
+        new = written[:, batch["input_ids"].shape[1] :]
+        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return texts
 
     def _predicted(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return logits, shape (B, T - 1, V), and the tokens that they should have predicted, shape (B, T - 1)."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         logits: Tensor = self.net(**inputs, use_cache=False).logits
         return logits[:, :-1].float(), batch["labels"][:, 1:]
+
+
+def _with_vocabulary(config: Mapping[str, Any], num_tokens: int) -> dict[str, Any]:
+    """Return the configuration for so many tokens; models with several towers have that of the text's nested."""
+    if "text_config" in config:
+        return {**config, "text_config": {**config["text_config"], "vocab_size": num_tokens}}
+    return {**config, "vocab_size": num_tokens}
 
 
 def _refuse_foreign_tokenizer(net: Any, tokenizer: Any, name: str | None) -> None:

@@ -65,10 +65,11 @@ class ByteLanguageModel(RecipeModule):
         self.bits_per_byte.update(self._nats_per_byte(batch) / math.log(2), weight=len(batch))
         self.log("val_bits", self.bits_per_byte, prog_bar=True)
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Continue prompts, shape (B, T)."""
-        written: Tensor = self.net.generate(batch, attention_mask=torch.ones_like(batch), **self._generation)
-        return written
+    def predict_step(self, batch: Tensor, batch_idx: int) -> list[str]:
+        """Continue prompts, shape (B, T); the texts returned begin with them."""
+        written = self.net.generate(batch, attention_mask=torch.ones_like(batch), **self._generation)
+        texts: list[str] = self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        return texts
 
     def _nats_per_byte(self, batch: Tensor) -> Tensor:
         logits = self.net(batch[:, :-1], use_cache=False).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,20 @@ PLAIN_TEMPLATE = (
 )
 
 
-def load_tokenizer(name: str | None) -> Any:
+def load_tokenizer(name: str | None, added: Sequence[str] = ()) -> Any:
     """Return the tokenizer of a folder or hub name; None gives one token for each byte.
+
+    Args:
+        name: folder or hub name.
+        added: special tokens that the tokenizer of bytes has in addition; a pretrained one has its own.
 
     Raises:
         ConfigError: there is none, or it has no end-of-text token.
     """
     if name is None:
-        return byte_tokenizer()
+        tokenizer = byte_tokenizer()
+        tokenizer.add_tokens(list(added), special_tokens=True)
+        return tokenizer
     try:
         tokenizer = require("transformers").AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
