@@ -10,6 +10,7 @@ from lightning_superpipe.sweeps.row import Row
 __all__ = ["baseline_of", "pareto_front", "varied_settings"]
 
 _SHOWN = frozenset(("superpipe", "superpipe.k", "superpipe.k_prime"))  # they have columns of their own
+_BESIDE = frozenset(("callbacks", "logger", "memory_cap"))  # named last: they change no loss
 
 
 def pareto_front(rows: Iterable[Row]) -> tuple[Row, ...]:
@@ -47,7 +48,7 @@ def varied_settings(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
     """
     flat = {row.fingerprint: dict(_flat(row.config)) for row in rows}
     streamed = [row.fingerprint for row in rows if row.is_streamed]
-    names = sorted({name for settings in flat.values() for name in settings} - _SHOWN)
+    names = sorted({name for settings in flat.values() for name in settings} - _SHOWN, key=_importance)
     varied: dict[str, dict[str, str]] = {row.fingerprint: {} for row in rows}
     for name in names:
         having = streamed if name.split(".")[0] == "superpipe" else list(flat)
@@ -55,6 +56,10 @@ def varied_settings(rows: Sequence[Row]) -> dict[str, dict[str, str]]:
             for row in having:
                 varied[row][name] = flat[row].get(name, "(none)")
     return varied
+
+
+def _importance(name: str) -> tuple[bool, str]:
+    return name.split(".")[0] in _BESIDE, name
 
 
 def _without_streaming(row: Row) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ from lightning_superpipe.sweeps.machine import describe_machine
 from lightning_superpipe.sweeps.row import JobResult, Row, Status
 
 __all__ = ["record_job"]
+
+_log = logging.getLogger(__name__)
 
 
 def record_job(folder: Path, config: Mapping[str, Any], run: Callable[[], JobResult], *, is_sweep: bool) -> Row:
@@ -39,6 +42,7 @@ def record_job(folder: Path, config: Mapping[str, Any], run: Callable[[], JobRes
     if is_sweep:
         known = known_row(folder, asked.fingerprint)
         if known is not None and known.is_finished:
+            _log.info("finished before, so it is not run again: %s in %s", known.fingerprint, folder)
             return known
     start, error = time.perf_counter(), None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -19,7 +20,8 @@ from lightning_superpipe.sweeps.row import Row, Status
 
 __all__ = ["SweepReport", "print_report"]
 
-_TABLE_WIDTH = 120
+_TABLE_WIDTH = 140
+_NUM_SETTINGS, _SETTING_WIDTH = 2, 24
 _STATUS_STYLES = {Status.FINISHED: "", Status.REFUSED: "yellow", Status.FAILED: "red"}
 
 
@@ -91,10 +93,10 @@ class SweepReport:
         table.add_column("status", no_wrap=True)
         differ = any(varied.values())
         if differ:
-            table.add_column("and")
+            table.add_column("and", no_wrap=True)
         for row in self.rows:
             status = "on the front" if row.fingerprint in front else row.status.value
-            settings = ", ".join(f"{name}={value}" for name, value in varied[row.fingerprint].items())
+            settings = _settings(varied[row.fingerprint])
             style = "bold" if row.fingerprint in front else _STATUS_STYLES[row.status]
             table.add_row(*self._numbers(row), status, *([settings] if differ else []), style=style)
         return table
@@ -151,6 +153,17 @@ def print_report(folder: str | Path, console: Console | None = None) -> tuple[Pa
     pictures = report.draw(Path(folder))
     console.print(f"pictures: {', '.join(map(str, pictures))}" if pictures else "no picture: no job has a peak.")
     return pictures
+
+
+def _settings(varied: Mapping[str, str]) -> str:
+    """Return in what a job differs from others, in the width of a column.
+
+    >>> _settings({"model.config.n_layer": "4", "seed": "1", "trainer.max_steps": "9", "logger": "null"})
+    'n_layer=4, seed=1, +2'
+    """
+    shown = [f"{name.split('.')[-1]}={value}"[:_SETTING_WIDTH] for name, value in varied.items()]
+    more = [f"+{len(shown) - _NUM_SETTINGS}"] if len(shown) > _NUM_SETTINGS else []
+    return ", ".join([*shown[:_NUM_SETTINGS], *more])
 
 
 def _name(row: Row) -> str:
