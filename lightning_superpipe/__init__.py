@@ -5,11 +5,18 @@ where that was imported before.
 """
 
 import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from lightning_superpipe.adapters.fabric import FabricSuperpipeStrategy
 from lightning_superpipe.adapters.lightning import SuperpipeStrategy
+from lightning_superpipe.adapters.plain import Pipe, attach
 from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
+
+if TYPE_CHECKING:
+    from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, enable
+    from lightning_superpipe.adapters.transformers import SuperpipeTrainer, SuperpipeTrainerMixin
 
 if "pytorch_lightning" in sys.modules:  # importing the second namespace unasked would cost seconds
     import lightning_superpipe.pytorch_lightning  # noqa: F401  # registers itself
@@ -20,8 +27,27 @@ __all__ = [
     "Adversary",
     "FabricSuperpipeStrategy",
     "Link",
+    "Pipe",
+    "SuperpipeAccelerator",
     "SuperpipeConfig",
     "SuperpipeError",
     "SuperpipeStrategy",
+    "SuperpipeTrainer",
+    "SuperpipeTrainerMixin",
     "__version__",
+    "attach",
+    "enable",
 ]
+
+_LATE = {  # names of packages that not everybody has, and that take seconds to import
+    "SuperpipeAccelerator": "accelerate",
+    "enable": "accelerate",
+    "SuperpipeTrainer": "transformers",
+    "SuperpipeTrainerMixin": "transformers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"lightning_superpipe.adapters.{_LATE[name]}"), name)

@@ -23,12 +23,12 @@ from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarnin
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.optimizer import FusedChoice, sparsely_differentiated
+from lightning_superpipe.optimizer import FusedChoice, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import MemoryNeed, choose_k
 from lightning_superpipe.tiers import HostTier
 
-__all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated"]
+__all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 
@@ -40,7 +40,7 @@ class Session:
         root: the module; it stays as it is but for the class of its parts, which :meth:`close` restores.
         device: where it computes.
         trains: gradients will come; evaluation needs no room for them.
-        owns_root: the root itself is called (not only its parts), so it is swapped as well.
+        owns_root: the root itself is called (not only its parts): each call outside :meth:`step` is a step by itself.
 
     Raises:
         PartitionError, UnsupportedError: the module cannot be streamed, or not as asked.
@@ -65,7 +65,7 @@ class Session:
         self._optimizers: list[Optimizer] = []
         self._root = root
         self._num_steps = 0
-        self._is_step_open = False
+        self._is_step_open = self._is_in_scope = False
         self._at_step_start = self._last_step = StepCounters()
         self._final_report: Report | None = None
         self.recording: Recording | None = None
@@ -81,10 +81,20 @@ class Session:
             lanes=_make_lanes(self.config, self.device, hostile),
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
-            owns_root=owns_root,
+            root_scope=self._call_scope if owns_root else None,
         )
 
     # -- steps
+
+    @contextlib.contextmanager
+    def _call_scope(self, kind: str) -> Iterator[None]:
+        """Scope of one call of the root by a loop that opens no steps; the calls inside a ``generate`` share one."""
+        if self._is_in_scope:
+            yield
+            return
+        mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
+        with self.step(mode):
+            yield
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
@@ -92,10 +102,18 @@ class Session:
         self._finish_step()
         if mode == TRAIN:
             self._begin_training_step()
-        with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed):
+        with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed), self._scope():
             yield
         if mode == TRAIN:
             self._report_promotions()
+
+    @contextlib.contextmanager
+    def _scope(self) -> Iterator[None]:
+        self._is_in_scope = True
+        try:
+            yield
+        finally:
+            self._is_in_scope = False
 
     def begin_backward(self, *, is_undisturbed: bool) -> None:
         """A backward pass outside :meth:`step` begins; user hooks may have run since the step."""
@@ -169,6 +187,10 @@ class Session:
     def attend(self, optimizers: Iterable[Optimizer]) -> None:
         """Count these optimizers' states in the report."""
         self._optimizers = list(optimizers)
+
+    def streams(self, model: nn.Module) -> bool:
+        """Whether this is the session of a module."""
+        return self._final_report is None and self._root is model
 
     def invalidate(self) -> None:
         """User code may have written to weights: load everything afresh."""

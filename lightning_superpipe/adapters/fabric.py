@@ -64,15 +64,8 @@ class FabricSuperpipeStrategy(SingleDeviceStrategy):
         _update_properties(module, device=self.root_device)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        session = Session(module, self.config, self.root_device, trains=True, owns_root=True)
-        self._sessions.append(session)
-        return _Streamed(module, session)
-
-    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
-        return super().get_module_state_dict(_inner(module))
-
-    def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
-        super().load_module_state_dict(_inner(module), state_dict, strict=strict)
+        self._sessions.append(Session(module, self.config, self.root_device, trains=True, owns_root=True))
+        return module
 
     def report(self, index: int = 0) -> Report:
         """What streaming cost and saved, for the module that was set up as number ``index``.
@@ -93,24 +86,6 @@ class FabricSuperpipeStrategy(SingleDeviceStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         if "superpipe" not in strategy_registry:
             strategy_registry.register("superpipe", cls, description="Streams layers between host and device memory")
-
-
-class _Streamed(nn.Module):
-    """What Fabric calls instead of the module: it opens the scope of a step around each call."""
-
-    def __init__(self, module: nn.Module, session: Session) -> None:
-        super().__init__()
-        self.module = module
-        self._session = session
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        mode = "train" if torch.is_grad_enabled() and self.module.training else "evaluate"
-        with self._session.step(mode):
-            return self.module(*args, **kwargs)
-
-
-def _inner(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, _Streamed) else module
 
 
 FabricSuperpipeStrategy.register_strategies(STRATEGY_REGISTRY)

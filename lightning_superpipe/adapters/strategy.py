@@ -20,7 +20,7 @@ from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated
+from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
 
 __all__ = ["SuperpipeMixin"]
 
@@ -180,10 +180,8 @@ class SuperpipeMixin(OneDeviceMixin):
     # -- optimizers and checkpoints
 
     def _choose_fused(self) -> None:
-        wanted = self.config.fused_optimizer
-        if wanted == "auto":
-            scales = getattr(self.precision_plugin, "scaler", None) is not None
-            wanted = self.compute_device.type in ("cuda", "xpu") and not scales
+        scales = getattr(self.precision_plugin, "scaler", None) is not None
+        wanted = wants_fused(self.config.fused_optimizer, self.compute_device, scales=scales)
         for optimizer in self.optimizers if wanted else []:
             if self._fused.choose(optimizer, sparse=sparsely_differentiated(self.model)):
                 self._say(

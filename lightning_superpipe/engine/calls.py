@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_superpipe.engine.backend import graph_task_id, hooks_are_allowed, is_tracing, raw_tensors
+from lightning_superpipe.engine.swap import Owner
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.watch import pause
 from lightning_superpipe.planning import Op
@@ -19,15 +20,16 @@ from lightning_superpipe.planning import Op
 if TYPE_CHECKING:
     from lightning_superpipe.engine.engine import Engine
 
-__all__ = ["OuterOwner", "UnitOwner"]
+__all__ = ["OuterOwner", "RootOwner", "UnitOwner"]
 
 Forward = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+RootScope = Callable[[str], AbstractContextManager[None]]
 
 
 class _EngineOwner:
-    """What both kinds of owners share."""
+    """What all kinds of owners share."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -36,6 +38,10 @@ class _EngineOwner:
     def unwatched(self) -> AbstractContextManager[None]:
         """Scope in which reading host parameters is nobody's business: whoever takes a state dict wants the host's."""
         return pause(self._engine.watch)
+
+    def generate(self, generate: Forward, args: Args, kwargs: Kwargs) -> Any:
+        """Run the module's own ``generate``."""
+        return generate(*args, **kwargs)
 
     def host_state(self, module: nn.Module) -> dict[str, Any]:
         """The module's parameters and buffers as they are on the host."""
@@ -135,6 +141,38 @@ class OuterOwner(_EngineOwner):
             for name, host in parameters.items():
                 if engine.anchors.host_of(module._parameters.get(name)) is host:
                     module._parameters[name] = host
+
+
+class RootOwner(_EngineOwner):
+    """Owns the root of a model that a loop calls which we do not know: each of its calls is a step.
+
+    Args:
+        inner: the owner that the root has besides, if any.
+        scope: opens the scope of a step of some kind, ``"call"`` or ``"generate"``; does nothing inside another.
+    """
+
+    def __init__(self, engine: Engine, module: nn.Module, inner: Owner | None, scope: RootScope) -> None:
+        super().__init__(engine)
+        self._module = weakref.ref(module)
+        self._inner, self._scope = inner, scope
+
+    def owns(self, module: nn.Module) -> bool:
+        return self._module() is module
+
+    def call(self, module: nn.Module, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        is_recomputed = graph_task_id() != -1
+        if is_tracing() or is_recomputed:
+            return self._call_inner(module, forward, args, kwargs)
+        with self._scope("call"):
+            return self._call_inner(module, forward, args, kwargs)
+
+    def generate(self, generate: Forward, args: Args, kwargs: Kwargs) -> Any:
+        """Run the module's own ``generate``: all its forward passes belong to one step."""
+        with self._scope("generate"):
+            return generate(*args, **kwargs)
+
+    def _call_inner(self, module: nn.Module, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        return forward(*args, **kwargs) if self._inner is None else self._inner.call(module, forward, args, kwargs)
 
 
 def _aligned(values: Any, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
 from lightning_superpipe.engine.backend import graph_task_id, is_separate
+from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.follower import TRAIN, Follower
@@ -56,7 +57,7 @@ class Engine:
         anchors: id of each parameter that is not streamed, and why.
         lanes, tier: how bytes move, and where they live.
         pin: page-lock what gradients land in.
-        owns_root: also swap the root's class (it is called itself, not only its children).
+        root_scope: the root is called itself, not only its children: opens the scope of a step around each call.
 
     Attributes:
         is_open: False once closed; what is left of graphs then computes with host parameters.
@@ -74,7 +75,7 @@ class Engine:
         lanes: Lanes,
         tier: Tier,
         pin: bool = False,
-        owns_root: bool = False,
+        root_scope: RootScope | None = None,
     ) -> None:
         self.lanes, self.device = lanes, lanes.device
         self.is_separate = is_separate(self.device)
@@ -102,7 +103,7 @@ class Engine:
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
         self.saved = SavedTensors(self)
         self.outside = Outside(self.device, self.anchors, self.catalog, self.residency, self.saved, self.recover)
-        self._installation = Installation(self, root, tier, owns_root=owns_root)
+        self._installation = Installation(self, root, tier, root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
         twin = make_twin(unit.parameters[index], self.device, self, Label("G", unit.index, unit.name))

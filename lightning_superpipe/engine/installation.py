@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_superpipe.engine.backend import storage_address
-from lightning_superpipe.engine.calls import OuterOwner, UnitOwner
+from lightning_superpipe.engine.calls import OuterOwner, RootOwner, RootScope, UnitOwner
 from lightning_superpipe.engine.slots import storage_key
-from lightning_superpipe.engine.swap import swap_in, swap_out
+from lightning_superpipe.engine.swap import Owner, owner_of, swap_in, swap_out
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.tiers import Tier
 
@@ -28,14 +28,18 @@ class Installation:
     """What an engine changes in a model.
 
     Args:
-        owns_root: the root itself is called (not only its children), so its class is swapped as well.
+        root_scope: the root itself is called (not only its children), so its class is swapped as well; opens the scope
+            of a step around each call.
     """
 
-    def __init__(self, engine: Engine, root: nn.Module, tier: Tier, *, owns_root: bool) -> None:
-        self._engine, self._root, self._tier = engine, root, tier
+    def __init__(self, engine: Engine, root: nn.Module, tier: Tier, *, root_scope: RootScope | None) -> None:
+        self._engine, self._root, self._tier, self._root_scope = engine, root, tier, root_scope
         for unit in engine.units:
             self._install(unit)
-        self._outer = self._install_outer(owns_root) if engine.is_separate else []
+        self._outer = self._install_outer() if engine.is_separate else []
+        if root_scope is not None and owner_of(root) is None:
+            self._outer.append(root)
+            swap_in(root, RootOwner(engine, root, None, root_scope))
         self._optimizer_hooks = _hook_optimizers(engine)
 
     def _install(self, unit: Unit) -> None:
@@ -45,21 +49,26 @@ class Installation:
         self._engine.catalog.add(unit)
         owner = UnitOwner(self._engine, unit)
         for module in unit.members.values():
-            swap_in(module, owner)
+            self._swap_in(module, owner)
 
-    def _install_outer(self, owns_root: bool) -> list[nn.Module]:
+    def _swap_in(self, module: nn.Module, owner: Owner) -> None:
+        if module is self._root and self._root_scope is not None:
+            owner = RootOwner(self._engine, module, owner, self._root_scope)
+        swap_in(module, owner)
+
+    def _install_outer(self) -> list[nn.Module]:
         inside = {id(module) for unit in self._engine.units for module in unit.module.modules()}
         outer = [
             module
             for module in self._root.modules()
             if id(module) not in inside
-            and (owns_root or module is not self._root)
+            and (self._root_scope is not None or module is not self._root)
             and not isinstance(module, torch.jit.ScriptModule)
             and not hasattr(module, "_orig_mod")
             and not hasattr(module, "add_state")  # metrics move their state themselves
         ]
         for module in outer:
-            swap_in(module, OuterOwner(self._engine, module))
+            self._swap_in(module, OuterOwner(self._engine, module))
         return outer
 
     def adopt(self, units: Sequence[Unit]) -> None:

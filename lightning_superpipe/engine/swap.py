@@ -8,16 +8,16 @@ host parameters. ``type(m) is X`` is False while the swap lasts; ``isinstance`` 
 from __future__ import annotations
 
 import copyreg
+import functools
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Owner", "swap_in", "swap_out"]
+__all__ = ["Owner", "owner_of", "swap_in", "swap_out"]
 
 _OWNER = "_superpipe_owner"
 _BASE = "_superpipe_base"
@@ -35,6 +35,9 @@ class Owner(Protocol):
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the module's own ``__call__``, given as ``forward``."""
+
+    def generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own ``generate``, where it has one."""
 
     def unwatched(self) -> AbstractContextManager[None]:
         """Scope in which reading host parameters is nobody's business."""
@@ -76,7 +79,7 @@ class _Quiet:
             super().__init_subclass__(**options)
 
 
-@cache
+@functools.cache
 def _streamed_class(base: Any) -> Any:
     """The streamed form of a module class; one per class, so that isinstance and caches by type keep working."""
     swapped: Any = None
@@ -109,10 +112,23 @@ def _streamed_class(base: Any) -> Any:
         "_save_to_state_dict": _save_to_state_dict,
         _BASE: base,
     }
+    if callable(getattr(base, "generate", None)):
+        namespace["generate"] = _generating(base.generate)
     if isinstance(getattr(base, "device", None), property):
         namespace["device"] = _device_property(base.device)
     swapped = types.new_class(base.__name__, (_Quiet, base), {}, lambda body: body.update(namespace))
     return swapped
+
+
+def _generating(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Let the owner know that the calls to come are those of one generation."""
+
+    @functools.wraps(original)
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own, owner = functools.partial(original, self), owner_of(self)
+        return own(*args, **kwargs) if owner is None else owner.generate(own, args, kwargs)
+
+    return generate
 
 
 def _device_property(original: property) -> property:

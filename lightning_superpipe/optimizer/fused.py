@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-__all__ = ["FusedChoice", "sparsely_differentiated"]
+__all__ = ["FusedChoice", "sparsely_differentiated", "wants_fused"]
 
 _HAVE_FUSED_CPU_KERNELS = (Adam, AdamW, SGD, Adagrad)
 
@@ -65,6 +65,18 @@ class FusedChoice:
             for index, group in enumerate(state["param_groups"])
         ]
         return {**state, "param_groups": groups}
+
+
+def wants_fused(setting: bool | str, device: torch.device, *, scales: bool) -> bool:
+    """Whether optimizers should use fused kernels.
+
+    Args:
+        setting: the option ``fused_optimizer``.
+        scales: a gradient scaler looks at gradients; it treats fused optimizers otherwise.
+    """
+    if setting == "auto":
+        return device.type in ("cuda", "xpu") and not scales
+    return bool(setting)
 
 
 def sparsely_differentiated(root: nn.Module) -> list[Tensor]:

@@ -74,7 +74,12 @@ def engine_of(
     found = partition(root)
     units = [(unit.name, unit.module) for unit in found.units]
     window = Window(k, k_prime, poison, seed)
-    return Engine(root, units, found.anchors, window, lanes=lanes, tier=HostTier(pin=False), owns_root=True)
+    return Engine(root, units, found.anchors, window, lanes=lanes, tier=HostTier(pin=False), root_scope=_no_scope)
+
+
+def _no_scope(kind: str) -> contextlib.AbstractContextManager[None]:
+    """Tests open steps themselves."""
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,126 @@
+"""``attach(model, optimizer, k=2)``: any loop in plain PyTorch streams; ``close()`` gives everything back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+
+from lightning_superpipe.adapters.checks import remarks
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.errors import SuperpipeWarning
+from lightning_superpipe.observe.report import Report
+from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
+
+__all__ = ["Pipe", "attach", "bring_home", "default_device"]
+
+_HOST = torch.device("cpu")
+
+
+class Pipe:
+    """A model that streams while somebody's loop calls it; made by :func:`attach`.
+
+    Each call of the model is a step, and so is each call of its ``generate``. Parameters, gradients and optimizer
+    states are on the host all the time; inputs belong on :attr:`device`, where outputs are.
+
+    Attributes:
+        model: the module that was given.
+        device: where it computes.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizers: tuple[Optimizer, ...], config: SuperpipeConfig, device: torch.device
+    ) -> None:
+        self.model, self.device = model, device
+        bring_home(model, optimizers)
+        self._session = Session(model, config, device, trains=True, owns_root=True)
+        self._fused = FusedChoice()
+        self._session.attend(optimizers)
+        for optimizer in optimizers if wants_fused(config.fused_optimizer, device, scales=False) else ():
+            self._fused.choose(optimizer, sparse=sparsely_differentiated(model))
+        for remark in remarks(self._session):
+            warnings.warn(remark, SuperpipeWarning, stacklevel=3)
+
+    @property
+    def units(self) -> UnitTable:
+        """Units and anchors of the model, as a table that prints."""
+        return self._session.units
+
+    @property
+    def recording(self) -> Recording | None:
+        """The step that ``record_step`` named; None before it is over."""
+        return self._session.recording
+
+    def report(self) -> Report:
+        """What streaming cost and saved so far, or until :meth:`close`."""
+        return self._session.report()
+
+    def close(self) -> None:
+        """Give the model back as it was, on the host, with its current weights. Closing twice does no harm."""
+        self._session.close()
+        self._fused.give_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def attach(
+    model: nn.Module,
+    *optimizers: Optimizer,
+    device: torch.device | str | None = None,
+    config: SuperpipeConfig | None = None,
+    **options: Any,
+) -> Pipe:
+    """Stream a model through a window of units; the loop that calls it stays as it is.
+
+    ::
+
+        with attach(model, optimizer, k=4, k_prime=2) as pipe:
+            for x, y in batches:
+                loss = loss_of(model(x.to(pipe.device)), y.to(pipe.device))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            print(pipe.report())
+
+    Args:
+        model: what the loop calls. Whatever of it is on a device is brought to the host.
+        optimizers: of its parameters; may be left out, the update runs on the host anyway.
+        device: where to compute; None takes the machine's accelerator, or the CPU, which emulates one.
+        config: all options at once; or give them one by one as ``options``.
+        options: fields of :class:`~lightning_superpipe.SuperpipeConfig`, such as ``k=4, k_prime=2``.
+
+    Raises:
+        ConfigError: an option is unknown or impossible.
+        PartitionError, UnsupportedError: the model cannot be streamed, or not as asked.
+        BudgetError: the window does not fit ``device_memory``.
+    """
+    chosen = SuperpipeConfig.from_options(**options) if config is None else config
+    return Pipe(model, optimizers, chosen, default_device() if device is None else torch.device(device))
+
+
+def default_device() -> torch.device:
+    """The machine's accelerator with its current index, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return _HOST if found is None else torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def bring_home(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Bring parameters, buffers and optimizer states to the host; the objects stay."""
+    if any(tensor.device.type not in ("cpu", "meta") for tensor in (*model.parameters(), *model.buffers())):
+        model.to(_HOST)
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            optimizer.state[parameter] = tree_map_only(Tensor, lambda value: value.to(_HOST), state)
