@@ -151,7 +151,8 @@ def print_report(folder: str | Path, console: Console | None = None) -> tuple[Pa
     else:  # a file has room for whole lines
         print(report, file=console.file)
     pictures = report.draw(Path(folder))
-    console.print(f"pictures: {', '.join(map(str, pictures))}" if pictures else "no picture: no job has a peak.")
+    where = f"pictures: {', '.join(map(str, pictures))}" if pictures else "no picture: no job has a peak."
+    console.print(where, soft_wrap=True)
     return pictures
 
 

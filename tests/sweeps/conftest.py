@@ -5,6 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.app.conftest import _own_logging, superpipe
+
+__all__ = ["_own_logging", "superpipe"]
+
 
 @pytest.fixture(scope="package", autouse=True)
 def quick_collections() -> Iterator[None]:
