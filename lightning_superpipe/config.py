@@ -21,14 +21,21 @@ UnitChoice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
     """Return the end of a message about an unknown name: the nearest known one, or all of them.
 
-    >>> nearest("kprime", ["k", "k_prime"]), nearest("banana", ["k", "k_prime"])
-    ("did you mean 'k_prime'?", 'known options: k, k_prime.')
+    Args:
+        prefix: of all names, as people write them.
+
+    >>> nearest("kprime", ["k", "k_prime"]), nearest("h2d", ["h2d_gb_s"], prefix="link.")
+    ("did you mean 'k_prime'?", "did you mean 'link.h2d_gb_s'?")
+    >>> nearest("banana", ["k", "k_prime"])
+    'known options: k, k_prime.'
     """
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(known)}."
+    near = difflib.get_close_matches(name, known, n=1) or [one for one in known if len(name) > 1 and name in one]
+    return (
+        f"did you mean {prefix + near[0]!r}?" if near else f"known options: {', '.join(prefix + one for one in known)}."
+    )
 
 
 def parse_bytes(size: int | str) -> int:
@@ -170,7 +177,7 @@ def _check_names(schema: type, options: Mapping[str, Any], prefix: str = "") -> 
     known = [field.name for field in dataclasses.fields(schema)]
     for name in options:
         if name not in known:
-            hint = nearest(prefix + str(name), [prefix + one for one in known])
+            hint = nearest(str(name), known, prefix)
             raise ConfigError(f"unknown option {prefix + str(name)!r}: {hint}")
 
 

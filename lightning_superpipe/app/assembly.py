@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -30,8 +32,8 @@ class Parts(NamedTuple):
     trainer: L.Trainer
 
 
-def ordinary_strategy() -> str:
-    """Return the strategy of ``superpipe=off``: Lightning's own choice."""
+def ordinary_strategy(**_options: Any) -> str:
+    """Return the strategy of ``superpipe=off``: Lightning's own choice. Options of streaming mean nothing to it."""
     return "auto"
 
 
@@ -96,10 +98,15 @@ def build(node: DictConfig, key: str, *, optional: Mapping[str, Any] | None = No
         raise ConfigError(f"`{key}` has no `_target_`, the class to make it of: {node}")
     make = instantiate(node, _partial_=True, _convert_="all")
     if node.get("_partial_"):
-        return make
+        return partial(_call, make, key)
     arguments |= {name: value for name, value in (optional or {}).items() if _takes(make.func, name)}
+    return _call(make, key, **arguments)
+
+
+def _call(make: Any, key: str, *arguments: Any, **options: Any) -> Any:
+    """Return what a node makes; a refusal names the node."""
     try:
-        return make(**arguments)
+        return make(*arguments, **options)
     except ModuleNotFoundError as error:
         raise ConfigError(f"`{key}` needs a library that is not installed: {error}") from error
     except (ConfigError, TypeError, ValueError) as error:
@@ -142,4 +149,7 @@ def _refusal(error: Exception, make: Any, key: str) -> str:
     if unexpected and unexpected[1] in make.keywords:
         taken = [one for one in inspect.signature(make.func).parameters if one not in ("self", "args", "kwargs")]
         return f"`{key}.{unexpected[1]}`: {name} takes no {unexpected[1]!r}: {nearest(unexpected[1], taken)}"
-    return f"`{key}`: {error}" if isinstance(error, ConfigError) else f"`{key}`: {name} refuses its arguments: {error}"
+    if isinstance(error, ConfigError):
+        return f"`{key}`: {error}"
+    given = ", ".join(f"{argument}={reprlib.repr(value)}" for argument, value in make.keywords.items())
+    return f"`{key}`: {name}({given}) is refused: {error}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import fields
 
 import torch
-from hydra.errors import CompactHydraException, InstantiationException
+from hydra.errors import CompactHydraException, InstantiationException, MissingConfigException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import Container, DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_superpipe.app.groups import GROUPS, group_options
+from lightning_superpipe.app.groups import GROUPS
 from lightning_superpipe.config import Adversary, Link, nearest
 from lightning_superpipe.errors import SuperpipeError
 
@@ -21,7 +20,6 @@ _NESTED = {
     f"superpipe.{name}": tuple(field.name for field in fields(schema))
     for name, schema in (("link", Link), ("adversary", Adversary))
 }
-_NOT_FOUND = re.compile(r"Could not find '(?P<group>[\w/]+)/(?P<option>[\w.-]+)'")
 
 
 def explain(error: BaseException) -> str | None:
@@ -38,6 +36,8 @@ def explain(error: BaseException) -> str | None:
         return _composition(error)
     if isinstance(error, OmegaConfBaseException):
         return f"`{error.full_key}`: {_first_line(error)}" if error.full_key else _first_line(error)
+    if isinstance(error, ValueError) and str(error).startswith("Config group override"):
+        return f"{error}: choose one of its files, as `superpipe --help` lists them."
     if isinstance(error, SuperpipeError | MisconfigurationException | FileNotFoundError | PermissionError):
         return str(error)
     return None
@@ -59,14 +59,10 @@ def _composition(error: CompactHydraException) -> str:
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException) and "not in struct" in str(cause):
         return _unknown_key(str(cause.full_key), cause.parent_node)
-    missing = _NOT_FOUND.search(str(error))
-    if missing:
-        group, option = missing["group"], missing["option"]
-        known = group_options(group)
-        meaning = f" ({GROUPS[group]})" if group in GROUPS else ""
-        return (
-            f"unknown option {group}={option}: {nearest(option, known)} Group {group!r}{meaning}: {', '.join(known)}."
-        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        hint = nearest(option, error.options)
+        return f"unknown option {group}={option}: {hint}\n{group}: {', '.join(error.options)}"
     return f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
 
 
@@ -79,7 +75,7 @@ def _unknown_key(key: str, parent: Container | None) -> str:
         return f"{key!r}: {above} is null; give it as a whole, as in '{above}={{{last}: ...}}'.{known}"
     if not above:
         names = [*GROUPS, *(name for name in names if name not in GROUPS and name != "hydra")]
-    return f"unknown key {key!r}: {nearest(key, [f'{above}.{name}' if above else name for name in names])}"
+    return f"unknown key {key!r}: {nearest(last, names, prefix=f'{above}.' if above else '')}"
 
 
 def _first_line(error: BaseException) -> str:

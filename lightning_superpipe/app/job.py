@@ -10,7 +10,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_superpipe.app.assembly import ordinary_strategy
+
 __all__ = ["Job"]
+
+_ORDINARY = f"{ordinary_strategy.__module__}.{ordinary_strategy.__name__}"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,12 @@ class Job:
         hydra = HydraConfig.get()
         folder = Path(hydra.runtime.output_dir)
         is_sweep = hydra.mode is RunMode.MULTIRUN
-        return cls(config, folder, Path(hydra.runtime.cwd, hydra.sweep.dir) if is_sweep else folder, is_sweep)
+        return cls(
+            _without_idle_options(config),
+            folder,
+            Path(hydra.runtime.cwd, hydra.sweep.dir) if is_sweep else folder,
+            is_sweep,
+        )
 
     def plain_config(self) -> dict[str, Any]:
         """Return what was asked as plain values, without the run's own folder: equal for equal jobs."""
@@ -49,3 +58,12 @@ class Job:
         """Write what was asked, every interpolation resolved, to ``config.yaml``."""
         text = OmegaConf.to_yaml(self.config, resolve=True)
         (self.folder / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def _without_idle_options(config: DictConfig) -> DictConfig:
+    """Return the configuration without options of streaming where nothing streams: such jobs are all the same."""
+    if config.superpipe.get("_target_") != _ORDINARY:
+        return config
+    config = config.copy()
+    config.superpipe = {"_target_": _ORDINARY}
+    return config

@@ -38,11 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get(_FULL_ERROR) == "1":
         _run_hydra(run, overrides_of(words))
         return 0
+    before = os.environ.get(_FULL_ERROR)
     os.environ[_FULL_ERROR] = "1"  # Hydra then raises what it would otherwise print
     try:
         _run_hydra(task, overrides_of(words))
     except Exception as error:
         _end(error)
+    finally:
+        del os.environ[_FULL_ERROR]
+        os.environ.update({} if before is None else {_FULL_ERROR: before})
     return 0
 
 

@@ -17,7 +17,6 @@ from lightning_superpipe.app.preview import predicted_peak_bytes, preview
 from lightning_superpipe.app.quiet import quieten
 from lightning_superpipe.app.steps import StepClock
 from lightning_superpipe.config import parse_bytes
-from lightning_superpipe.config import parse_bytes
 from lightning_superpipe.errors import ConfigError, SuperpipeError, UnsupportedError
 from lightning_superpipe.observe import write_recording
 from lightning_superpipe.sweeps import JobResult, record_job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 
 from lightning_superpipe.app.groups import GROUPS, group_options
@@ -66,7 +67,10 @@ def help_text() -> str:
     """Return what ``superpipe --help`` prints."""
     modes = "\n".join(f"  {mode:<14} {(function.__doc__ or '').splitlines()[0]}" for mode, function in MODES.items())
     groups = "\n".join(
-        f"  {group:<14} {meaning}\n{'':<17}{', '.join(group_options(group)) or '-'}"
-        for group, meaning in GROUPS.items()
+        f"  {group:<14} {meaning}\n{_indented(group_options(group))}" for group, meaning in GROUPS.items()
     )
     return _HELP.format(modes=modes, groups=groups)
+
+
+def _indented(names: list[str]) -> str:
+    return textwrap.fill(", ".join(names) or "-", 100, initial_indent=" " * 17, subsequent_indent=" " * 17)
