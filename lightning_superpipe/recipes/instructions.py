@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_superpipe.errors import ConfigError
 from lightning_superpipe.recipes.conversations import MASKED, Example, encode, encode_prompt, kind_of
-from lightning_superpipe.recipes.docstrings import write_chats
+from lightning_superpipe.recipes.docstrings import PACKAGES, write_chats
 from lightning_superpipe.recipes.packing import Row, join_packed, join_padded, join_prompts, pack
 from lightning_superpipe.recipes.records import read_records
 from lightning_superpipe.recipes.tokens import load_tokenizer
@@ -158,16 +158,17 @@ class DocstringChats(Instructions):
 
     Args:
         folder: where the files go.
+        packages: whose functions.
         options: all of :class:`Instructions` but the sources.
     """
 
-    def __init__(self, folder: str, **options: Any) -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: str, *, packages: Sequence[str] = PACKAGES, **options: Any) -> None:
+        self._folder, self._packages = Path(folder), packages
         super().__init__(str(self._folder / "train.jsonl"), held_out=str(self._folder / "held_out.jsonl"), **options)
 
     def prepare_data(self) -> None:
         """Write the files."""
-        write_chats(self._folder)
+        write_chats(self._folder, self._packages)
 
 
 def _loader(rows: list[Any], batch_size: int, join: Callable[[Any], Any], *, shuffle: bool = False) -> DataLoader[Any]:
