@@ -20,6 +20,7 @@ _ROOM_PX = 50.0  # above the highest point, for references that leave the chart
 _MARKERS = "osD^vP*X"  # by k', smallest first; more values share the last
 _MARKER_SIZE = 7.0
 _LABEL_PX = (78.0, 15.0)  # room of a point's name
+_NAME_PLACES = ((9.0, 11.0), (-9.0, -11.0), (9.0, -11.0), (-9.0, 11.0))  # pixels right and up from the point
 _KEY_PX = 19.0
 
 
@@ -151,14 +152,19 @@ def _draw_point(page: Canvas, point: Point) -> None:
 
 
 def _draw_names(page: Canvas, points: Sequence[Point], rows: Sequence[Row]) -> None:
-    """Name the points of the front, from the smallest on, where no other name or point is in the way."""
+    """Name the points of the front, from the smallest on, beside them where no name or point is in the way."""
     (x_px, y_px), on_front = page.px_per_unit(), {id(row) for row in pareto_front(rows)}
     taken = [(point.step_ms * x_px, point.peak * y_px) for point in points]
     for point in sorted((point for point in points if id(point.row) in on_front), key=lambda point: point.peak):
-        x, y = point.step_ms * x_px + 9, point.peak * y_px + 11
-        if all(not (-12 < at - x < _LABEL_PX[0] and abs(height - y) < 0.7 * _LABEL_PX[1]) for at, height in taken):
-            page.text(x / x_px, y / y_px, f"k={point.k}, k'={point.k_prime}", color=page.theme.ink)
-            taken += [(x, y), (x + _LABEL_PX[0] / 2, y), (x + _LABEL_PX[0], y)]
+        for right, up in _NAME_PLACES:
+            x, y = point.step_ms * x_px + right, point.peak * y_px + up
+            left = x if right > 0 else x - _LABEL_PX[0]
+            if any(-9 < at - left < _LABEL_PX[0] and abs(height - y) < 0.7 * _LABEL_PX[1] for at, height in taken):
+                continue
+            name, side = f"k={point.k}, k'={point.k_prime}", "left" if right > 0 else "right"
+            page.text(x / x_px, y / y_px, name, color=page.theme.ink, ha=side)
+            taken += [(left + step * _LABEL_PX[0] / 4, y) for step in range(5)]
+            break
 
 
 def _draw_plain(page: Canvas, step_ms: float) -> None:
