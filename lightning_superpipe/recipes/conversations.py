@@ -67,6 +67,8 @@ def encode(record: Mapping[str, Any], kind: str, tokenizer: Any, where: str) -> 
     Raises:
         ConfigError: a field has a wrong type, nobody answers, or the chat template cannot render it.
     """
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-text token to end answers with.")
     if kind == "chat":
         pieces = list(_chat_pieces(record["messages"], tokenizer, where))
         start: list[int] = []  # templates write the first token themselves

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -18,6 +17,7 @@ from lightning_superpipe.recipes.conversations import MASKED, Example, encode, e
 from lightning_superpipe.recipes.docstrings import PACKAGES, write_chats
 from lightning_superpipe.recipes.packing import Row, join_packed, join_padded, join_prompts, pack
 from lightning_superpipe.recipes.records import read_records
+from lightning_superpipe.recipes.split import hold_out
 from lightning_superpipe.recipes.tokens import load_tokenizer
 
 __all__ = ["DocstringChats", "Instructions"]
@@ -101,18 +101,7 @@ class Instructions(L.LightningDataModule):
         records = _numbered(train, split, self._cache_dir)
         if held_out is not None:
             return records, _numbered(held_out, held_out_split, self._cache_dir)
-        num_held_out = max(1, round(self._share * len(records)))
-        if num_held_out >= len(records):
-            raise ConfigError(
-                f"{train!r} has {len(records)} records, and held_out_share={self._share} leaves none to train on. "
-                "Give a file as held_out, or more records."
-            )
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(self._seed)).tolist()
-        chosen = set(order[:num_held_out])
-        return (
-            [record for index, record in enumerate(records) if index not in chosen],
-            [record for index, record in enumerate(records) if index in chosen],
-        )
+        return hold_out(records, share=self._share, seed=self._seed, source=train)
 
     def _rows(self, records: list[_Record]) -> list[Row]:
         """Return tokenized rows."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_superpipe.errors import ConfigError
-from lightning_superpipe.recipes.extras import require
+from lightning_superpipe.recipes.extras import locate, require
 
 __all__ = ["make_network", "recompute_activations"]
 
@@ -28,7 +28,7 @@ def make_network(
 
     Args:
         kind: the transformers class that chooses the architecture, such as ``"AutoModelForCausalLM"``.
-        pretrained: folder or hub name with weights.
+        pretrained: folder or hub name with weights, or ``pkg://PACKAGE/FOLDER`` of an installed package.
         config: fresh weights instead: ``model_type`` and options of that architecture's configuration.
         dtype: of the weights in memory; ``"auto"`` keeps that of the file.
         changes: options of the configuration that the task decides, such as ``num_labels``.
@@ -43,7 +43,7 @@ def make_network(
         )
     transformers = require("transformers")
     if pretrained is not None:
-        return _load(getattr(transformers, kind), pretrained, dtype, changes or {})
+        return _load(getattr(transformers, kind), locate(pretrained), dtype, changes or {})
     options = {**(config or {}), **(changes or {})}
     try:
         made = transformers.AutoConfig.for_model(**options)
@@ -61,12 +61,12 @@ def _load(auto_class: Any, pretrained: str, dtype: str, changes: Mapping[str, An
     _refuse_incomplete(Path(pretrained))
     try:
         network: nn.Module = auto_class.from_pretrained(pretrained, dtype=dtype, **changes)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the network, of the file system, of whatever format the weights have
         raise ConfigError(
             f"pretrained={pretrained!r} cannot be read: {_first_line(error)} Give a folder that save_pretrained wrote, "
             "or a name on the hub (which needs a network)."
         ) from error
-    return network
+    return network.train()  # transformers loads for evaluation, and Lightning leaves modules as they are
 
 
 def _refuse_incomplete(folder: Path) -> None:

@@ -34,8 +34,12 @@ def read_records(source: str, *, split: str = "train", cache_dir: str | None = N
     else:
         records = _load_named(source, split, cache_dir)
     if len(records) == 0:
-        raise ConfigError(f"{source!r} holds no records: there is nothing to learn from.")
+        raise _nothing_in(source)
     return records
+
+
+def _nothing_in(source: str) -> ConfigError:
+    return ConfigError(f"{source!r} holds no records: there is nothing to learn from.")
 
 
 def _load_file(path: Path, cache_dir: str | None) -> Any:
@@ -77,6 +81,8 @@ def _refuse_corrupt_line(path: Path) -> None:
 def _load_saved(path: Path, split: str) -> Any:
     """Read a folder that ``save_to_disk`` wrote."""
     datasets = require("datasets")
+    if (path / "state.json").exists() and not any(path.glob("*.arrow")):  # an empty one; `datasets` cannot read it
+        raise _nothing_in(str(path))
     try:
         found = datasets.load_from_disk(str(path))
     except Exception as error:  # as above

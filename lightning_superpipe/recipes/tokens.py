@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_superpipe.errors import ConfigError
-from lightning_superpipe.recipes.extras import require
+from lightning_superpipe.recipes.extras import locate, require
 
 __all__ = ["END", "PLAIN_TEMPLATE", "byte_tokenizer", "load_tokenizer"]
 
@@ -31,12 +31,13 @@ def load_tokenizer(name: str | None, added: Sequence[str] = ()) -> Any:
         added: special tokens that the tokenizer of bytes has in addition; a pretrained one has its own.
 
     Raises:
-        ConfigError: there is none, or it has no end-of-text token.
+        ConfigError: there is none, or it has no token to pad with.
     """
     if name is None:
         tokenizer = byte_tokenizer()
         tokenizer.add_tokens(list(added), special_tokens=True)
         return tokenizer
+    name = locate(name)
     try:
         tokenizer = require("transformers").AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -45,9 +46,9 @@ def load_tokenizer(name: str | None, added: Sequence[str] = ()) -> Any:
             f"tokenizer={name!r}: no tokenizer can be read there.{found} Give a folder that a tokenizer's "
             "save_pretrained wrote, a name on the hub (which needs a network), or null for bytes."
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"tokenizer={name!r} has no end-of-text token, so nothing would teach where an answer ends.")
     if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer={name!r} has neither a padding nor an end-of-text token: give it one.")
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked and never learned
     return tokenizer
 

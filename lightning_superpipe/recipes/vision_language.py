@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 from torchmetrics import MeanMetric
 
-from lightning_superpipe.recipes.conversations import Example, encode, encode_prompt
-from lightning_superpipe.recipes.digits import read_digits, shifted
+from lightning_superpipe.recipes.conversations import encode, encode_prompt
+from lightning_superpipe.recipes.digits import read_digits
 from lightning_superpipe.recipes.fine_tuning import FineTuning
+from lightning_superpipe.recipes.images import ImageRow, LabelledImages, shifted
 from lightning_superpipe.recipes.packing import join_padded, join_prompts
 from lightning_superpipe.recipes.tokens import load_tokenizer
 
-__all__ = ["IMAGE", "DigitCaptions", "VisionLanguageModel"]
+__all__ = ["IMAGE", "CaptionedImages", "DigitCaptions", "VisionLanguageModel"]
 
 IMAGE = "<|image|>"
 """Stands for one part of an image; token 256, the first after the bytes."""
@@ -55,7 +54,56 @@ class VisionLanguageModel(FineTuning):
         return self.answers({name: value for name, value in batch.items() if name != "captions"})
 
 
-class DigitCaptions(L.LightningDataModule):
+class CaptionedImages(LabelledImages):
+    """Images with captions.
+
+    Args:
+        source: see :func:`read_images`.
+        num_image_tokens: parts that the vision tower makes of an image.
+        caption: field of the records.
+        prompt: what stands between image and caption.
+        tokenizer: folder or hub name of the model; None is one token for each byte.
+        image_token: stands for one part of an image.
+        options: see :class:`LabelledImages`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        num_image_tokens: int,
+        caption: str = "text",
+        prompt: str = "\n",
+        tokenizer: str | None = None,
+        image_token: str = IMAGE,
+        **options: Any,
+    ) -> None:
+        super().__init__(source, label=caption, **options)
+        self._prompt, self._tokenizer_name = image_token * num_image_tokens + prompt, tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Open the images and tokenize the prompt before anything runs."""
+        super().setup(stage)
+        self._tokenizer = load_tokenizer(self._tokenizer_name, [IMAGE])
+        self._prompt_ids = encode_prompt({"prompt": self._prompt}, "completion", self._tokenizer, "the prompt")
+
+    def caption_of(self, target: Any) -> str:
+        """Return the caption of an image by what its record says."""
+        return str(target)
+
+    def _learned(self, rows: list[ImageRow]) -> dict[str, Any]:
+        records = [{"prompt": self._prompt, "completion": self.caption_of(target)} for _, target in rows]
+        examples = [[encode(record, "completion", self._tokenizer, "a caption")] for record in records]
+        images = shifted(torch.stack([image for image, _ in rows]), self._shift)
+        return {"pixel_values": images, **join_padded(examples, pad=self._tokenizer.pad_token_id)}
+
+    def _asked(self, rows: list[ImageRow]) -> dict[str, Any]:
+        prompts = join_prompts([self._prompt_ids] * len(rows), pad=self._tokenizer.pad_token_id)
+        captions = [self.caption_of(target) for _, target in rows]
+        return {"pixel_values": torch.stack([image for image, _ in rows]), **prompts, "captions": captions}
+
+
+class DigitCaptions(CaptionedImages):
     """Handwritten digits and what they are: "a handwritten seven". Every fifth is held out.
 
     Args:
@@ -68,46 +116,12 @@ class DigitCaptions(L.LightningDataModule):
     def __init__(
         self, *, num_image_tokens: int = 16, image_size: int = 8, batch_size: int = 32, shift: int = 1
     ) -> None:
-        super().__init__()
-        self._image_size, self._batch_size, self._shift = image_size, batch_size, shift
-        self._prompt = IMAGE * num_image_tokens + "\n"
+        super().__init__("scikit-learn's digits", num_image_tokens=num_image_tokens, batch_size=batch_size, shift=shift)
+        self._image_size = image_size
 
-    def setup(self, stage: str) -> None:
-        """Read the images and tokenize the captions."""
-        self._tokenizer = load_tokenizer(None, [IMAGE])
-        self._train = read_digits(image_size=self._image_size, is_held_out=False)
-        self._held_out = read_digits(image_size=self._image_size, is_held_out=True)
-        records = [{"prompt": self._prompt, "completion": caption(digit)} for digit in range(len(_NAMES))]
-        self._examples = [encode(record, "completion", self._tokenizer, "digit") for record in records]
-        self._prompt_ids = encode_prompt(records[0], "completion", self._tokenizer, "digit")
+    def _read(self) -> tuple[Dataset[ImageRow], Dataset[ImageRow]]:
+        return read_digits(self._image_size, is_held_out=False), read_digits(self._image_size, is_held_out=True)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Return images in random order, shifted, with their captions."""
-        return DataLoader(self._train, batch_size=self._batch_size, shuffle=True, collate_fn=self._learned)
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Return held-out images with prompts, and the captions to compare with."""
-        return DataLoader(self._held_out, batch_size=4 * self._batch_size, collate_fn=self._asked)
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return held-out images."""
-        return self.val_dataloader()
-
-    def _learned(self, rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        examples: list[list[Example]] = [[self._examples[int(digit)]] for _, digit in rows]
-        images = shifted(torch.stack([image for image, _ in rows]), self._shift)
-        return {"pixel_values": images, **join_padded(examples, pad=self._tokenizer.pad_token_id)}
-
-    def _asked(self, rows: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        prompts = join_prompts([self._prompt_ids] * len(rows), pad=self._tokenizer.pad_token_id)
-        captions = [caption(int(digit)) for _, digit in rows]
-        return {"pixel_values": torch.stack([image for image, _ in rows]), **prompts, "captions": captions}
-
-
-def caption(digit: int) -> str:
-    """Return what an image of a digit shows.
-
-    >>> caption(7)
-    'a handwritten seven'
-    """
-    return f"a handwritten {_NAMES[digit]}"
+    def caption_of(self, target: Any) -> str:
+        """Return what an image of a digit shows."""
+        return f"a handwritten {_NAMES[int(target)]}"

@@ -12,9 +12,9 @@ import torch
 
 from lightning_superpipe.recipes.classification import ImageClassifier, TextClassifier
 from lightning_superpipe.recipes.digits import DigitImages
-from lightning_superpipe.recipes.docstring_packages import DocstringPackages
 from lightning_superpipe.recipes.fine_tuning import FineTuning
 from lightning_superpipe.recipes.instructions import DocstringChats
+from lightning_superpipe.recipes.labelled_texts import DocstringPackages
 from lightning_superpipe.recipes.language_model import ByteLanguageModel, SourceCode
 from lightning_superpipe.recipes.module import warmup_cosine
 from lightning_superpipe.recipes.vision_language import DigitCaptions, VisionLanguageModel
