@@ -152,8 +152,7 @@ class ThreadLanes(Lanes):
         # The deadline is absolute: the time of the real copy is part of the emulated one.
         bandwidth = self._link.h2d_gb_s if lane is Lane.H2D else self._link.d2h_gb_s
         deadline = start + self._link.latency_ms / 1e3 + (num_bytes / (bandwidth * 1e9) if bandwidth else 0.0)
-        if deadline > now():
-            time.sleep(deadline - now())
+        time.sleep(max(0.0, deadline - now()))
         if self.recorder is not None:
             self.recorder.span(lane, job.label.name, job.label.unit, start, now(), num_bytes)
 
