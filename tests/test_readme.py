@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,11 @@ class Block(NamedTuple):
     output: str | None
 
 
+# `<!-- run: FILE -->` above a bash block: it reads that file. Runs are cut to a few steps; nothing else is changed.
+COMMANDS = re.compile(r"<!-- run(?:: (\S+))? -->\n```bash\n(.*?)```\n", re.DOTALL)
+SHORT = {"report": [], "plan": [], "-m": ["debug=tiny", "model.config.n_layer=2"]}
+CHATS = [{"prompt": f"What is {n} and {n}?", "completion": f"{2 * n}."} for n in range(40)]
+
 BLOCKS = [
     Block(README.count("\n", 0, found.start(2)) + 1, found[2], found[1] is not None, found[3])
     for found in BLOCK.finditer(README)
@@ -36,7 +43,8 @@ BLOCKS = [
 
 
 def test_the_readme_has_blocks_to_run() -> None:
-    assert README.count("<!-- run -->") == sum(block.runs for block in BLOCKS) >= 2
+    assert sum(block.runs for block in BLOCKS) >= 6
+    assert README.count("<!-- run") == sum(block.runs for block in BLOCKS) + len(COMMANDS.findall(README))
 
 
 @pytest.mark.slow
@@ -51,6 +59,23 @@ def test_a_python_block_runs_and_prints_what_it_says(block: Block, tmp_path: Pat
     assert ran.returncode == 0, ran.stderr[-4000:]
     if block.output is not None:
         assert ran.stdout == block.output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2 * SECONDS)
+@pytest.mark.parametrize(("file", "commands"), COMMANDS.findall(README), ids=["modes", "own data", "sweep"])
+def test_a_block_of_commands_runs(file: str, commands: str, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    if file:
+        (tmp_path / file).write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    for line in commands.splitlines():
+        program, mode, *words = shlex.split(line, comments=True)
+        assert program == "superpipe"
+        command = [sys.executable, "-m", "lightning_superpipe", mode, *words, *SHORT.get(mode, ["debug=tiny"])]
+        ran = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        assert ran.returncode == 0, f"{line}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line{block.line}")

@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, nargs="*", default=[2, 4], help="further windows k, for information")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each text in a batch")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch's kernels")
     parser.add_argument("--out", type=Path, help="folder for the result file, from this script's folder; none if left")
@@ -150,7 +150,8 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
     windows = [Contender(f"k = {k}", k) for k in options.windows]
-    contenders = [Contender(PLAIN, None), Contender("k = n", options.layers + 9), *windows]
+    control = Contender("plain again", None)  # how far two runs of the same thing lie apart
+    contenders = [Contender(PLAIN, None), control, Contender("k = n", options.layers + 9), *windows]
     load = os.getloadavg()[0]
     turns = Turns(len(contenders))
     with ThreadPoolExecutor(len(contenders)) as pool:

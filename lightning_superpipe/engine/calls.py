@@ -96,7 +96,8 @@ class UnitOwner(_EngineOwner):
         is_outermost = unit.num_active == 0
         op = Op.FORWARD if graph_task_id() == -1 else Op.BACKWARD
         engine.use(unit, op)
-        start = engine.lanes.mark() if is_outermost and engine.lanes.recorder is not None else None
+        is_recorded = is_outermost and op is Op.FORWARD and engine.lanes.recorder is not None
+        start = engine.lanes.mark() if is_recorded else None
         engine.enter(unit)
         try:
             with engine.saved.saving(), engine.casts.watch(unit, engine.slots):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
@@ -24,7 +25,7 @@ from lightning_superpipe.engine.follower import TRAIN, Follower
 from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.graph_end import call_at_end
 from lightning_superpipe.engine.installation import Installation
-from lightning_superpipe.engine.lanes import Label, Lanes, now
+from lightning_superpipe.engine.lanes import Label, Lanes, Mark, now
 from lightning_superpipe.engine.outside import Outside
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import SlotPool
@@ -61,6 +62,7 @@ class Engine:
 
     Attributes:
         is_open: False once closed; what is left of graphs then computes with host parameters.
+        lone_dtype: the dtype of all streamed parameters; None if there are several.
         watch: the mode that is active between unit calls of the step in progress.
         on_boundary: called after each unit's compute, for those who measure.
     """
@@ -88,6 +90,7 @@ class Engine:
         self._calls: list[Unit] = []
         self._is_in_step = self._is_evaluation = False
         self._in_backward: Unit | None = None
+        self._backward_start: Mark | None = None
         self._bound_buffers: dict[int, list[BoundBuffer]] = {}
         self._own_seconds, self._num_uses = 0.0, 0
         self._is_compiled = any(_is_compiled(module) for module in root.modules())
@@ -98,6 +101,7 @@ class Engine:
         slot_bytes = max(unit.num_bytes for unit in self.units)
         self.slots = SlotPool(self.device, window.k, slot_bytes, poison=window.poison, seed=window.slot_seed)
         self.casts = Casts(self.device)
+        self.lone_dtype = self._lone_dtype()
         self.follower = Follower(len(self.units), window.k, window.k_prime)
         self.residency = Residency(self.units, self.slots, lanes, self.follower, self.casts, self._unbind)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
@@ -127,6 +131,7 @@ class Engine:
                 return
             start = now() - self.lanes.stall_seconds
             if unit is not self._in_backward:
+                self._end_backward_span()
                 self.gradients.flush()  # those of the unit before
             self._in_backward = unit if op is Op.BACKWARD else None
             if not unit.num_active:
@@ -137,6 +142,14 @@ class Engine:
             self._bind(unit)
             self._num_uses += 1
             self._own_seconds += now() - self.lanes.stall_seconds - start
+            if op is Op.BACKWARD and self._backward_start is None and self.lanes.recorder is not None:
+                self._backward_start = self.lanes.mark()
+
+    def _end_backward_span(self) -> None:
+        """Another unit takes over, or backward is over: a unit's backward ends when the next one begins."""
+        start, self._backward_start = self._backward_start, None
+        if start is not None and self._in_backward is not None:
+            self.lanes.compute_span(Op.BACKWARD.value, self._in_backward.index, start)
 
     def use_in_backward(self, unit: Unit) -> None:
         """Backward needs a unit: a token is unpacked, or the gradient of its output is there."""
@@ -218,6 +231,10 @@ class Engine:
             self.watch = None
             self._end_scope(mode)
 
+    def _lone_dtype(self) -> torch.dtype | None:
+        dtypes = {parameter.dtype for unit in self.units for parameter in unit.parameters}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
     def _make_watch(self, mode: str) -> TrainWatch | EvalWatch | None:
         if mode == TRAIN:
             return TrainWatch(self.outside)
@@ -232,6 +249,7 @@ class Engine:
             if unit in promoted or not unit.is_current():
                 self._installation.rescan(unit)
         self._installation.adopt(self.units)
+        self.lone_dtype = self._lone_dtype()
         if not is_undisturbed:
             self.invalidate()
         self.catalog.survey()
@@ -286,6 +304,7 @@ class Engine:
             if self._graphs:
                 return
             self._boundary()
+            self._end_backward_span()
             self._in_backward = None
             for unit in self.units:
                 if not unit.num_active:

@@ -81,6 +81,7 @@ class TokenHost(Protocol):
     slots: SlotPool
     units: list[Unit]
     casts: Casts
+    lone_dtype: torch.dtype | None
 
     def use_in_backward(self, unit: Unit) -> None:
         """Make sure that the unit is loaded, has arrived and is bound."""
@@ -154,6 +155,8 @@ class SavedTensors:
 
     def _cast_token(self, host: TokenHost, tensor: Tensor) -> Token | None:
         """Recognise a view of a twin that autocast has converted: keeping it would keep the model on the device."""
+        if tensor.dtype is host.lone_dtype:
+            return None  # a conversion to the dtype that all weights have is none
         if tensor.device.type != self._device.type or (address := storage_address(tensor)) is None:
             return None
         if (conversion := host.casts.watched.get(address)) is not None:

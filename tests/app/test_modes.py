@@ -101,7 +101,7 @@ def test_trace_opens_in_perfetto_with_the_names_of_the_units_and_draws_both_pict
     events = json.loads((ran.folder / "trace.json").read_text())["traceEvents"]
     assert {event["args"]["name"] for event in events if event["name"].startswith("F")} == set(UNITS)
     recording = Recording.load(ran.folder / "recording.json")
-    assert recording.emulated and {span.name for span in recording.spans} >= {"F", "P", "G", "stall"}
+    assert recording.emulated and {span.name for span in recording.spans} >= {"F", "B", "P", "G", "stall"}
     for picture in ("timeline", "timeline-dark", "memory", "memory-dark"):
         assert (ran.folder / f"{picture}.svg").read_text().lstrip().startswith("<?xml")
 

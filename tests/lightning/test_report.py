@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, cast
 
 import lightning as L
@@ -225,8 +226,13 @@ def test_a_step_is_recorded_when_asked() -> None:
     recording = strategy.recording
     assert recording is not None
     assert recording.unit_names == tuple(f"blocks.{i}" for i in range(4)) and recording.k == 2
-    forwards = [span.unit for span in recording.spans if span.name == "F"]
-    assert forwards == [0, 1, 2, 3]
+    spans = {name: [span for span in recording.spans if span.name == name] for name in "FB"}
+    assert {name: [span.unit for span in of] for name, of in spans.items()} == {"F": [0, 1, 2, 3], "B": [3, 2, 1, 0]}
+    work = [*spans["F"], *spans["B"]]
+    assert all(first.end_s <= second.start_s for first, second in itertools.pairwise(work))
+
+
+def test_nothing_is_recorded_unless_asked() -> None:
     unrecorded = SuperpipeStrategy(k=2)
     trainer("cpu", unrecorded, max_epochs=1).fit(Static(4), batches(1))
     assert unrecorded.recording is None
