@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from torch import nn
 
+from lightning_superpipe.adapters.checkpoint import CheckpointMixin
+from lightning_superpipe.adapters.materialize import materialize
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError, UnsupportedError
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.session import Session
 
-__all__ = ["FabricSuperpipeStrategy"]
+__all__ = ["FabricSuperpipeStrategy", "SuperpipeCheckpointIO"]
 
 _HOST = torch.device("cpu")
+
+
+class SuperpipeCheckpointIO(CheckpointMixin, TorchCheckpointIO):
+    """Reads and writes ordinary checkpoint files, without a second copy in memory."""
 
 
 class FabricSuperpipeStrategy(SingleDeviceStrategy):
@@ -39,7 +46,7 @@ class FabricSuperpipeStrategy(SingleDeviceStrategy):
         **options: Any,
     ) -> None:
         self.config = SuperpipeConfig.from_options(**options) if config is None else config
-        super().__init__(_HOST, accelerator, checkpoint_io, precision)
+        super().__init__(_HOST, accelerator, checkpoint_io or SuperpipeCheckpointIO(), precision)
         # Fabric fills this in, but only where it exists.
         self.parallel_devices = parallel_devices
         self._sessions: list[Session] = []
@@ -64,6 +71,7 @@ class FabricSuperpipeStrategy(SingleDeviceStrategy):
         _update_properties(module, device=self.root_device)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
+        materialize(module)
         self._sessions.append(Session(module, self.config, self.root_device, trains=True, owns_root=True))
         return module
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_superpipe.adapters.checkpoint import CheckpointMixin
+from lightning_superpipe.adapters.fabric import SuperpipeCheckpointIO
 from lightning_superpipe.adapters.strategy import SuperpipeMixin
 
 __all__ = ["SuperpipeCheckpointIO", "SuperpipeStrategy"]
-
-
-class SuperpipeCheckpointIO(CheckpointMixin, TorchCheckpointIO):
-    """Reads and writes ordinary checkpoint files, without a second copy in memory."""
 
 
 class SuperpipeStrategy(SuperpipeMixin, SingleDeviceStrategy):

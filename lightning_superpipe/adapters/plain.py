@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from lightning_superpipe.adapters.checks import remarks
+from lightning_superpipe.adapters.materialize import refuse_meta
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeWarning
 from lightning_superpipe.observe.report import Report
@@ -118,8 +119,13 @@ def default_device() -> torch.device:
 
 
 def bring_home(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Bring parameters, buffers and optimizer states to the host; the objects stay."""
-    if any(tensor.device.type not in ("cpu", "meta") for tensor in (*model.parameters(), *model.buffers())):
+    """Bring parameters, buffers and optimizer states to the host; the objects stay.
+
+    Raises:
+        UnsupportedError: a parameter or buffer has no values to bring.
+    """
+    refuse_meta(model)
+    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
         model.to(_HOST)
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_undisturbed, turns_undisturbed
 from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
+from lightning_superpipe.adapters.materialize import materialize
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe.report import Report
@@ -116,6 +117,7 @@ class SuperpipeMixin(OneDeviceMixin):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         self._close()
+        materialize(model)
         trainer = getattr(self.lightning_module, "_trainer", None)
         trains = trainer is None or bool(trainer.training)
         self._session = Session(model, self.config, self.compute_device, trains=trains)
@@ -178,6 +180,10 @@ class SuperpipeMixin(OneDeviceMixin):
             self._session.end_backward()
 
     # -- optimizers and checkpoints
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        materialize(self.lightning_module)  # Lightning loads before it calls setup
+        super().load_model_state_dict(checkpoint, strict)
 
     def _choose_fused(self) -> None:
         scales = getattr(self.precision_plugin, "scaler", None) is not None

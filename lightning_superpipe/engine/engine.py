@@ -293,6 +293,8 @@ class Engine:
     def receive_gradient(self, host: nn.Parameter, gradient: Tensor, label: Label) -> None:
         """Autograd has finished a gradient: send it home."""
         self.enlist_graph()
+        if self.slots.of(gradient) is not None:
+            gradient = gradient.clone()  # a custom backward gave the weight itself
         self.gradients.ship(host, gradient, label)
 
     def end_graph(self, task: int) -> None:

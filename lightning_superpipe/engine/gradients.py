@@ -69,6 +69,9 @@ class GradientReturn:
             return
         if self._batch_label != label:
             self.flush()
+        if self._lanes.shares_memory:
+            self._hand_over(parameter, gradient, label)
+            return
         self._make_room(gradient.nbytes)
         is_first = parameter.grad is None and id(parameter) not in self._shipped
         landing = self._homes.claim(parameter, gradient) if is_first else self._staging(gradient)
@@ -80,9 +83,13 @@ class GradientReturn:
     def flush(self) -> None:
         """Start the copies of all gradients shipped so far: their unit has finished its backward."""
         batch, label = self._batch, self._batch_label
-        if not batch or label is None:
+        if label is None:
             return
         self._batch, self._batch_label = [], None
+        if not batch:
+            self._lanes.hand_over(self.in_flight_bytes, label=label)
+            self._count(-self.in_flight_bytes)
+            return
         copies = [Copy(shipment.landing, shipment.gradient) for shipment in batch]
         done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=label)
         # The job holds the device gradients until their copies are done: autograd may reuse the memory after that only
@@ -101,6 +108,12 @@ class GradientReturn:
         finally:
             self._shipped.clear()
             self.in_flight_bytes = 0  # also where a copy failed and nothing was published
+
+    def _hand_over(self, parameter: nn.Parameter, gradient: Tensor, label: Label) -> None:
+        """Do what autograd does without us; a second copy in the same memory would only cost time."""
+        accumulate(parameter, gradient)
+        self._batch_label = label
+        self._count(gradient.nbytes)
 
     def _publish(self, batch: Sequence[_Shipment], label: Label) -> None:
         start = now()

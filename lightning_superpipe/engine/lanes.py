@@ -52,7 +52,13 @@ class Label(NamedTuple):
 
 
 class Lanes(ABC):
-    """The copy lanes of one device. Calls never block, except :meth:`compute_waits` where compute runs on the host."""
+    """The copy lanes of one device. Calls never block, except :meth:`compute_waits` where compute runs on the host.
+
+    Attributes:
+        shares_memory: device and host memory are one, with no link between them: what comes home is there already.
+    """
+
+    shares_memory = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -69,6 +75,12 @@ class Lanes(ABC):
         """Queue device-to-host copies; as :meth:`h2d`."""
         self.d2h_bytes += sum(copy.source.nbytes for copy in copies)
         return self._queue(Lane.D2H, copies, after, label)
+
+    def hand_over(self, num_bytes: int, *, label: Label) -> None:
+        """Count bytes that came home without a copy, because they share memory with the host."""
+        self.d2h_bytes += num_bytes
+        if self.recorder is not None:
+            self.recorder.span(Lane.D2H, label.name, label.unit, now(), now(), num_bytes)
 
     @abstractmethod
     def _queue(self, lane: Lane, copies: Sequence[Copy], after: Sequence[Event], label: Label) -> Event:

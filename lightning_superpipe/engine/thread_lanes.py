@@ -67,6 +67,7 @@ class ThreadLanes(Lanes):
 
     def __init__(self, device: torch.device, link: Link | None, *, max_delay_ms: float = 0.0, seed: int = 0) -> None:
         super().__init__(device)
+        self.shares_memory = device.type == "cpu" and link is None and not max_delay_ms
         self._link = link or Link()
         self._max_delay_ms = max_delay_ms
         self._seed = seed

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_superpipe.config import Link
 from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.lanes import Copy, Event, Label
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
@@ -39,7 +40,7 @@ class HeldLanes(ThreadLanes):
     """As late as copies can be: a program that does not wait goes on without them."""
 
     def __init__(self, device: torch.device, held: Lane) -> None:
-        super().__init__(device, None)
+        super().__init__(device, Link())
         self._held = held
         self._gate = threading.Event()
 

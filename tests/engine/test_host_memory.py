@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
 from lightning_superpipe.session import Session
 from tests.engine.tiny import CPU, batches, train
 from tests.parity.harness import Window, streamed, trainer
@@ -88,7 +88,7 @@ def test_two_hundred_steps_leave_host_memory_flat() -> None:
 
 def test_threads_end_with_their_session() -> None:
     before, module = threads(), wide_chain()
-    session = Session(module, SuperpipeConfig(k=2), CPU, trains=True, owns_root=True)
+    session = Session(module, SuperpipeConfig(k=2, link=Link()), CPU, trains=True, owns_root=True)
     train(module, batches(1, width=WIDTH), lambda: session.step("train"))
     started = sorted(thread.name for thread in threads() - before)
     assert started == ["superpipe-d2h", "superpipe-h2d", "superpipe-host"]
