@@ -27,7 +27,6 @@ from typing import Any
 import lightning as L
 import torch
 from humanize import naturalsize
-from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -95,16 +94,6 @@ class Pretrained(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-5, fused=True)
 
 
-class AtStart(Callback):
-    """Ends a measurement before the first step: what resuming took is known then."""
-
-    def __init__(self) -> None:
-        self.anonymous = 0
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.anonymous = _status("RssAnon")
-
-
 def write_model(folder: Path, num_bytes: int) -> int:
     """Write a folder as ``save_pretrained`` does, one layer at a time; return its bytes."""
     layer = 4 * (4 * WIDTH**2 + 3 * WIDTH * 4 * WIDTH + 2 * WIDTH)
@@ -140,8 +129,8 @@ def run_stage(stage: str, way: str, folder: Path, num_bytes: int) -> dict[str, f
     """Do one stage; return peaks as multiples of what had to be held, and of what was written or read."""
     strategy: Any = SuperpipeStrategy(k=2) if way == "superpipe" else "auto"
     trainer = L.Trainer(
-        accelerator="cpu", devices=1, strategy=strategy, max_steps=1 if stage != "resume" else 2, max_epochs=-1,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=1, strategy=strategy, max_steps=1, max_epochs=-1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     data = DataLoader(torch.randint(VOCABULARY, (2, TOKENS)), batch_size=1)
     module, memory, file = Pretrained(folder), Memory(), folder.parent / f"{way}.ckpt"
@@ -151,11 +140,10 @@ def run_stage(stage: str, way: str, folder: Path, num_bytes: int) -> dict[str, f
             trainer.predict(module, data)
         return _share(memory, base, num_bytes)
     if stage == "resume":
-        base, start = _status("RssAnon"), AtStart()
-        trainer.callbacks.append(start)
+        base = _status("RssAnon")
         with memory.measure():
-            trainer.fit(module, data, ckpt_path=file)
-        return {"held": start.anonymous - base, **_share(memory, base, 3 * num_bytes)}
+            trainer.fit(module, data, ckpt_path=file)  # which has made all its steps already
+        return _share(memory, base, 3 * num_bytes)
     trainer.fit(module, data)
     with memory.measure():
         if stage == "save":
