@@ -271,56 +271,6 @@ def test_training_takes_no_host_memory_after_its_first_step() -> None:
     assert len(set(taken)) == 1
 
 
-# -- where nothing has to move
-
-
-def test_a_gradient_is_home_at_once_where_device_and_host_share_memory() -> None:
-    way, parameter, gradient = way_over(ThreadLanes(CPU, None)), weight(64), torch.ones(64)
-    address, threads = gradient.data_ptr(), threading.active_count()
-    way.ship(parameter, gradient)
-    assert grad_of(parameter).data_ptr() == address and way.gradients.in_flight_bytes == 256
-    way.ship(parameter, torch.full((64,), 2.0))
-    way.gradients.finish()
-    assert grad_of(parameter).eq(3).all() and way.gradients.in_flight_bytes == 0
-    assert (way.lanes.d2h_bytes, way.tier.allocated_bytes, threading.active_count()) == (512, 0, threads)
-    way.close()
-
-
-class GivesItsWeight(torch.autograd.Function):
-    """A backward that hands out what it saved as a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        (weight,) = ctx.saved_tensors
-        return gradients[0], weight
-
-
-class Scaled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = GivesItsWeight.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return result
-
-
-@pytest.mark.parametrize("link", [None, Link()], ids=["shared", "copied"])
-def test_a_gradient_that_is_the_weight_itself_survives_the_next_unit_in_its_slot(link: Link | None) -> None:
-    module = nn.Sequential(*[Scaled() for _ in range(5)])
-    expected = [parameter.detach().clone() for parameter in module.parameters()]
-    with open_engine(module, ThreadLanes(CPU, link), k=1) as engine:
-        with engine.step("train"):
-            module(torch.randn(2, 8)).sum().backward()
-        found = [grad_of(parameter) for parameter in module.parameters()]
-        assert all(map(torch.equal, found, expected))
-
-
 # -- waiting on the device
 
 
