@@ -1,9 +1,9 @@
 """What streaming costs where nothing needs to be streamed: step times of plain Lightning and of several windows.
 
-All contenders train in one process, each in a thread of its own, with the same module, data and seed. They take turns:
-one makes a step while the others wait, then the next. A drift of the machine, or a neighbour on it, then meets all of
-them alike. A step is what lies between the starts of two training steps, so it holds the whole loop: forward, backward,
-gradient return, optimizer, Lightning itself.
+Each contender trains in a process of its own, with the same module, data and seed. They take turns: one makes a step
+while the others wait, then the next. A drift of the machine, or a neighbour on it, then meets all of them alike; how far
+two plain runs lie apart is shown as a control. A step is what lies between the starts of two training steps, so it holds
+the whole loop: forward, backward, gradient return, optimizer, Lightning itself.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -40,6 +40,7 @@ from lightning_superpipe.observe.trace import software_versions
 VOCABULARY = 256
 SEED = 0
 PLAIN = "plain"
+SHARED: list[tuple[Turns, argparse.Namespace]] = []  # in each contender's process: one, from receive()
 
 
 @dataclass
@@ -70,32 +71,29 @@ class Contender:
 
 
 class Turns:
-    """Lets one thread at a time go on, in a fixed order, and times how long each keeps the turn."""
+    """Lets one process at a time go on, in a fixed order, and times how long each keeps the turn."""
 
-    def __init__(self, num_threads: int) -> None:
-        self._condition = threading.Condition()
-        self._waiting = list(range(num_threads))
-        self._has_turn = 0
-        self._taken: dict[int, tuple[float, float]] = {}
+    def __init__(self, num_processes: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._gates = [context.Semaphore(0) for _ in range(num_processes)]
+        self._is_running = context.Array("b", [1] * num_processes)
+        self._taken = (0.0, 0.0)
+        self._gates[0].release()
 
     def take(self, place: int) -> None:
-        """Block until it is this thread's turn."""
-        with self._condition:
-            self._condition.wait_for(lambda: self._waiting[self._has_turn] == place)
-        self._taken[place] = (time.perf_counter(), time.process_time())
+        """Block until it is this process's turn."""
+        self._gates[place].acquire()
+        self._taken = (time.perf_counter(), time.process_time())
 
     def pass_on(self, place: int, *, for_good: bool = False) -> tuple[float, float]:
-        """Let the next thread go on; return milliseconds and processor milliseconds of this turn."""
-        start, cpu_start = self._taken[place]
+        """Let the next process go on; return milliseconds and processor milliseconds of this turn."""
+        start, cpu_start = self._taken
         took = 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - cpu_start)
-        with self._condition:
-            position = self._waiting.index(place)
-            if for_good:
-                self._waiting.remove(place)
-            else:
-                position += 1
-            self._has_turn = position % max(len(self._waiting), 1)
-            self._condition.notify_all()
+        self._is_running[place] = not for_good
+        order = [(place + step) % len(self._gates) for step in range(1, len(self._gates) + 1)]
+        following = next((other for other in order if self._is_running[other]), None)
+        if following is not None:
+            self._gates[following].release()
         return took
 
 
@@ -145,37 +143,43 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Let all contenders train in turns, show what they took, and write it down if asked to."""
     options = parse()
-    torch.set_num_threads(options.threads)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore")
     windows = [Contender(f"k = {k}", k) for k in options.windows]
     control = Contender("plain again", None)  # how far two runs of the same thing lie apart
     contenders = [Contender(PLAIN, None), control, Contender("k = n", options.layers + 9), *windows]
     load = os.getloadavg()[0]
-    turns = Turns(len(contenders))
-    with ThreadPoolExecutor(len(contenders)) as pool:
-        runs = [pool.submit(run, contender, place, turns, options) for place, contender in enumerate(contenders)]
-        for each in runs:
-            each.result()
+    processes = ProcessPoolExecutor(
+        len(contenders),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=receive,
+        initargs=(Turns(len(contenders)), options),
+    )
+    with processes as pool:
+        contenders = list(pool.map(run, contenders, range(len(contenders))))
     loads = [load, os.getloadavg()[0]]
     show(contenders, loads)
     if options.out is not None:
         print(save(contenders, loads, options))
 
 
-def run(contender: Contender, place: int, turns: Turns, options: argparse.Namespace) -> None:
+def receive(turns: Turns, options: argparse.Namespace) -> None:
+    """Keep what all contenders share, in a process that has just begun."""
+    SHARED.append((turns, options))
+    torch.set_num_threads(options.threads)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore")
+
+
+def run(contender: Contender, place: int) -> Contender:
     """Train once, in turns with the others, and note the times."""
-    torch.set_num_threads(options.threads)  # of this thread: each has its own
+    turns, options = SHARED[0]
     turns.take(place)
 
     def give_turn_away() -> None:
-        random_state = torch.get_rng_state()  # one for all threads
         wall_ms, cpu_ms = turns.pass_on(place)
         contender.wall_ms.append(wall_ms)
         contender.cpu_ms.append(cpu_ms)
         turns.take(place)
-        torch.set_rng_state(random_state)
 
     try:
         train(contender, give_turn_away, options)
@@ -183,6 +187,7 @@ def run(contender: Contender, place: int, turns: Turns, options: argparse.Namesp
         turns.pass_on(place, for_good=True)
     for times in (contender.wall_ms, contender.cpu_ms):
         del times[: 1 + options.warm_up]  # what came before the first step counts as one
+    return contender
 
 
 def train(contender: Contender, give_turn_away: Callable[[], None], options: argparse.Namespace) -> None:
