@@ -1,9 +1,9 @@
 """What streaming costs where nothing needs to be streamed: step times of plain Lightning and of several windows.
 
 Each contender trains in a process of its own, with the same module, data and seed. They take turns: one makes a step
-while the others wait, then the next. A drift of the machine, or a neighbour on it, then meets all of them alike; how far
-two plain runs lie apart is shown as a control. A step is what lies between the starts of two training steps, so it holds
-the whole loop: forward, backward, gradient return, optimizer, Lightning itself.
+while the others wait, then the next. A drift of the machine, or a neighbour on it, then meets all of them alike; how
+far two plain runs lie apart is shown as a control. A step is what lies between the starts of two training steps, so it
+holds the whole loop: forward, backward, gradient return, optimizer, Lightning itself.
 """
 
 from __future__ import annotations
