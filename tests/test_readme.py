@@ -33,7 +33,8 @@ class Block(NamedTuple):
 
 # `<!-- run: FILE -->` above a bash block: it reads that file. Runs are cut to a few steps; nothing else is changed.
 COMMANDS = re.compile(r"<!-- run(?:: (\S+))? -->\n```bash\n(.*?)```\n", re.DOTALL)
-SHORT = {"report": [], "plan": [], "-m": ["debug=tiny", "model.config.n_layer=2"]}
+SWEEP = ["debug=tiny", "model.config.n_layer=2"]
+SHORT = {"report": [], "plan": [], "-m": SWEEP, "experiment=language_model": SWEEP}
 CHATS = [{"prompt": f"What is {n} and {n}?", "completion": f"{2 * n}."} for n in range(40)]
 
 BLOCKS = [
