@@ -56,7 +56,7 @@ class Memory:
         yield
         stop.set()
         sampler.join()
-        self.peak_resident, self.after = _status("VmHWM"), _status("RssAnon")
+        self.peak_resident = _status("VmHWM")
 
     def _sample(self, stop: threading.Event) -> None:
         while not stop.wait(2e-3):
@@ -126,7 +126,7 @@ def write_model(folder: Path, num_bytes: int) -> int:
 
 
 def run_stage(stage: str, way: str, folder: Path, num_bytes: int) -> dict[str, float]:
-    """Do one stage; return peaks as multiples of what had to be held, and of what was written or read."""
+    """Do one stage; return its peaks, see :func:`_share`."""
     strategy: Any = SuperpipeStrategy(k=2) if way == "superpipe" else "auto"
     trainer = L.Trainer(
         accelerator="cpu", devices=1, strategy=strategy, max_steps=1, max_epochs=-1, logger=False,
@@ -135,28 +135,26 @@ def run_stage(stage: str, way: str, folder: Path, num_bytes: int) -> dict[str, f
     data = DataLoader(torch.randint(VOCABULARY, (2, TOKENS)), batch_size=1)
     module, memory, file = Pretrained(folder), Memory(), folder.parent / f"{way}.ckpt"
     if stage == "load":
-        base = _status("RssAnon")
         with memory.measure():
             trainer.predict(module, data)
-        return _share(memory, base, num_bytes)
+        return _share(memory, num_bytes)
     if stage == "resume":
-        base = _status("RssAnon")
         with memory.measure():
             trainer.fit(module, data, ckpt_path=file)  # which has made all its steps already
-        return _share(memory, base, 3 * num_bytes)
+        return _share(memory, 3 * num_bytes)
     trainer.fit(module, data)
     with memory.measure():
         if stage == "save":
             trainer.save_checkpoint(file)
         else:
             module.net.save_pretrained(folder.parent / f"{way}_export")
-    return _share(memory, memory.before, 3 * num_bytes if stage == "save" else num_bytes)
+    return _share(memory, 3 * num_bytes if stage == "save" else num_bytes)
 
 
-def _share(memory: Memory, base: int, num_bytes: int) -> dict[str, float]:
-    """Bytes over ``base``, and as a share of the bytes at hand."""
-    anonymous = memory.peak_anonymous - base
-    return {"anonymous_bytes": anonymous, "resident_bytes": memory.peak_resident - base, "share": anonymous / num_bytes}
+def _share(memory: Memory, num_bytes: int) -> dict[str, float]:
+    """Peaks above what was held before, bytes, and the first as a share of the bytes at hand."""
+    anonymous, resident = memory.peak_anonymous - memory.before, memory.peak_resident - memory.before
+    return {"anonymous_bytes": anonymous, "resident_bytes": resident, "share": anonymous / num_bytes}
 
 
 def main() -> None:

@@ -33,21 +33,16 @@ def materialize(root: nn.Module) -> None:
     owners = list(_owners(root))
     if not owners:
         return
-    whole = [model for model in root.modules() if _initialises_itself(model)]
+    whole = [model for model in dict.fromkeys(_outermost(root)) if any(_owners(model))]
     covered = {id(inner) for model in whole for inner in model.modules()}
-    rest = [owner for owner in owners if id(owner.module) not in covered]
-    resets = [(owner, _reset_of(owner)) for owner in rest]  # all are asked before any memory is taken
+    resets = {id(owner.module): _reset_of(owner) for owner in owners if id(owner.module) not in covered}
     twins: dict[int, Tensor] = {}
     for owner in owners:
-        if id(owner.module) in covered:
-            _give_memory(owner.module, twins)
-    for owner, reset in resets:
         _give_memory(owner.module, twins)
-        reset()
-    inner = {id(other) for model in whole for other in model.modules() if other is not model}
+        if id(owner.module) in resets:
+            resets[id(owner.module)]()
     for model in whole:
-        if id(model) not in inner:
-            model.init_weights()  # type: ignore[operator]
+        model.init_weights()  # type: ignore[operator]
 
 
 def refuse_meta(root: nn.Module) -> None:
@@ -69,6 +64,15 @@ def _owners(root: nn.Module) -> Iterator[_Owner]:
     for name, module in root.named_modules():
         if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
             yield _Owner(name or type(module).__name__, module)
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    """Models that initialise themselves, those inside another left out."""
+    if _initialises_itself(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost(child)
 
 
 def _initialises_itself(module: nn.Module) -> bool:

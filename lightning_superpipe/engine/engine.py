@@ -101,7 +101,7 @@ class Engine:
         slot_bytes = max(unit.num_bytes for unit in self.units)
         self.slots = SlotPool(self.device, window.k, slot_bytes, poison=window.poison, seed=window.slot_seed)
         self.casts = Casts(self.device)
-        self.lone_dtype = self._lone_dtype()
+        self.note_dtypes()
         self.follower = Follower(len(self.units), window.k, window.k_prime)
         self.residency = Residency(self.units, self.slots, lanes, self.follower, self.casts, self._unbind)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
@@ -231,9 +231,10 @@ class Engine:
             self.watch = None
             self._end_scope(mode)
 
-    def _lone_dtype(self) -> torch.dtype | None:
+    def note_dtypes(self) -> None:
+        """Units were scanned: their parameters may have other dtypes."""
         dtypes = {parameter.dtype for unit in self.units for parameter in unit.parameters}
-        return dtypes.pop() if len(dtypes) == 1 else None
+        self.lone_dtype: torch.dtype | None = dtypes.pop() if len(dtypes) == 1 else None
 
     def _make_watch(self, mode: str) -> TrainWatch | EvalWatch | None:
         if mode == TRAIN:
@@ -249,7 +250,6 @@ class Engine:
             if unit in promoted or not unit.is_current():
                 self._installation.rescan(unit)
         self._installation.adopt(self.units)
-        self.lone_dtype = self._lone_dtype()
         if not is_undisturbed:
             self.invalidate()
         self.catalog.survey()

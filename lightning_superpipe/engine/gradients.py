@@ -86,7 +86,7 @@ class GradientReturn:
         if label is None:
             return
         self._batch, self._batch_label = [], None
-        if not batch:
+        if self._lanes.shares_memory:
             self._lanes.hand_over(self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
             return

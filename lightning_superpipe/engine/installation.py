@@ -91,6 +91,7 @@ class Installation:
         engine.residency.forget(unit)
         engine.catalog.remove(unit)
         unit.scan()
+        engine.note_dtypes()
         self._install(unit)
         if unit.num_bytes > engine.slots.slot_bytes:
             for other in engine.units:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_superpipe.errors import ConfigError
 from lightning_superpipe.recipes.extras import require
 from lightning_superpipe.recipes.records import read_records
-from lightning_superpipe.recipes.split import hold_out
+from lightning_superpipe.recipes.split import Sources
 
 __all__ = ["BLACK", "ImageRow", "LabelledImages", "read_images", "shifted"]
 
@@ -135,8 +135,7 @@ class LabelledImages(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._sources = (source, split), (held_out, held_out_split)
-        self._share, self._seed = held_out_share, seed
+        self._sources = Sources(source, held_out, held_out_share, split, held_out_split, seed)
         self._reading: dict[str, Any] = {"target": label, "image": image, "cache_dir": cache_dir}
         self._reading |= {"image_size": image_size, "num_channels": num_channels}
         self._batch_size, self._shift = batch_size, shift
@@ -151,13 +150,11 @@ class LabelledImages(L.LightningDataModule):
 
     def _read(self) -> tuple[Dataset[ImageRow], Dataset[ImageRow]]:
         """Return what to learn from, and what is held out."""
-        (source, split), (held_out, held_out_split) = self._sources
-        images = read_images(source, split=split, **self._reading)
-        if held_out is not None:
-            return images, read_images(held_out, split=held_out_split, **self._reading)
-        indices = range(len(images))  # type: ignore[arg-type]
-        parts = hold_out(indices, share=self._share, seed=self._seed, source=source)
-        return torch.utils.data.Subset(images, parts[0]), torch.utils.data.Subset(images, parts[1])
+
+        def read(source: str, split: str) -> Dataset[ImageRow]:
+            return read_images(source, split=split, **self._reading)
+
+        return self._sources.read(read, torch.utils.data.Subset)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return images in random order, shifted."""

@@ -17,7 +17,7 @@ from lightning_superpipe.recipes.conversations import MASKED, Example, encode, e
 from lightning_superpipe.recipes.docstrings import PACKAGES, write_chats
 from lightning_superpipe.recipes.packing import Row, join_packed, join_padded, join_prompts, pack
 from lightning_superpipe.recipes.records import read_records
-from lightning_superpipe.recipes.split import hold_out
+from lightning_superpipe.recipes.split import Sources
 from lightning_superpipe.recipes.tokens import load_tokenizer
 
 __all__ = ["DocstringChats", "Instructions"]
@@ -69,8 +69,8 @@ class Instructions(L.LightningDataModule):
         super().__init__()
         if max_length < 2:
             raise ConfigError(f"max_length={max_length}: a row needs at least 2 tokens, one to learn from another.")
-        self._sources = ((train, split), (held_out, held_out_split))
-        self._share, self._seed, self._cache_dir = held_out_share, seed, cache_dir
+        self._sources = Sources(train, held_out, held_out_share, split, held_out_split, seed)
+        self._cache_dir = cache_dir
         self._tokenizer_name, self._max_length, self._batch_size = tokenizer, max_length, batch_size
         self._num_prompts = num_prompts
         self.is_packed = packing
@@ -85,7 +85,7 @@ class Instructions(L.LightningDataModule):
             ConfigError: a source is missing, empty or corrupt, or a record lacks what is needed.
         """
         self._tokenizer = load_tokenizer(self._tokenizer_name)
-        train, held_out = self._read()
+        train, held_out = self._sources.read(functools.partial(_numbered, cache_dir=self._cache_dir))
         if stage == "fit":
             self._train = self._rows(train)
         if stage == "predict":
@@ -93,15 +93,6 @@ class Instructions(L.LightningDataModule):
             self._prompts = [encode_prompt(*record[:2], self._tokenizer, record.where) for record in asked]
         else:
             self._held_out = self._rows(held_out)
-
-    def _read(self) -> tuple[list[_Record], list[_Record]]:
-        """Return what to learn from, and what is held out."""
-        (train, split), (held_out, held_out_split) = self._sources
-        assert train is not None
-        records = _numbered(train, split, self._cache_dir)
-        if held_out is not None:
-            return records, _numbered(held_out, held_out_split, self._cache_dir)
-        return hold_out(records, share=self._share, seed=self._seed, source=train)
 
     def _rows(self, records: list[_Record]) -> list[Row]:
         """Return tokenized rows."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_superpipe.errors import ConfigError
 from lightning_superpipe.recipes.docstrings import PACKAGES, read_docstrings
 from lightning_superpipe.recipes.records import read_records
-from lightning_superpipe.recipes.split import hold_out
+from lightning_superpipe.recipes.split import Sources
 from lightning_superpipe.recipes.tokens import load_tokenizer
 
 __all__ = ["DocstringPackages", "LabelledText", "LabelledTexts"]
@@ -61,9 +61,8 @@ class LabelledTexts(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self._sources = (source, split), (held_out, held_out_split)
-        self._share, self._seed, self._cache_dir = held_out_share, seed, cache_dir
-        self._fields = text, label
+        self._sources = Sources(source, held_out, held_out_share, split, held_out_split, seed)
+        self._fields, self._cache_dir = (text, label), cache_dir
         self._tokenizer_name, self._max_length, self._batch_size = tokenizer, max_length, batch_size
 
     def setup(self, stage: str) -> None:
@@ -77,11 +76,7 @@ class LabelledTexts(L.LightningDataModule):
 
     def _read(self) -> tuple[list[LabelledText], list[LabelledText]]:
         """Return what to learn from, and what is held out."""
-        (source, split), (held_out, held_out_split) = self._sources
-        texts = self._texts(source, split)
-        if held_out is not None:
-            return texts, self._texts(held_out, held_out_split)
-        return hold_out(texts, share=self._share, seed=self._seed, source=source)
+        return self._sources.read(self._texts)
 
     def _texts(self, source: str, split: str) -> list[LabelledText]:
         records = read_records(source, split=split, cache_dir=self._cache_dir)

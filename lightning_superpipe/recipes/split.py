@@ -1,17 +1,54 @@
-"""What is held out of records that come without a held-out part."""
+"""What to learn from, and what is held out of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from lightning_superpipe.errors import ConfigError
 
-__all__ = ["hold_out"]
+__all__ = ["Sources", "hold_out"]
 
 Record = TypeVar("Record")
+Records = TypeVar("Records")
+
+
+class Sources(NamedTuple):
+    """Where records are, and what is held out.
+
+    Attributes:
+        source: a file, a folder, or a hub name.
+        held_out: likewise; None holds a share of ``source`` out.
+        share: of the records.
+        split, held_out_split: of data sets that have several.
+        seed: of what is held out.
+    """
+
+    source: str
+    held_out: str | None
+    share: float
+    split: str
+    held_out_split: str
+    seed: int
+
+    def read(
+        self, read: Callable[[str, str], Records], select: Callable[[Any, list[int]], Any] | None = None
+    ) -> tuple[Records, Records]:
+        """Return what to learn from, and what is held out.
+
+        Args:
+            read: returns the records of a source and a split.
+            select: returns those at some positions, for records that are not in memory; None makes lists.
+        """
+        records: Any = read(self.source, self.split)
+        if self.held_out is not None:
+            return records, read(self.held_out, self.held_out_split)
+        if select is None:
+            return hold_out(records, share=self.share, seed=self.seed, source=self.source)  # type: ignore[return-value]
+        parts = hold_out(range(len(records)), share=self.share, seed=self.seed, source=self.source)
+        return select(records, parts[0]), select(records, parts[1])
 
 
 def hold_out(records: Sequence[Record], *, share: float, seed: int, source: str) -> tuple[list[Record], list[Record]]:

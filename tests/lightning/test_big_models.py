@@ -131,6 +131,22 @@ def test_a_module_that_cannot_fill_itself_is_named() -> None:
     assert root[0].weight.is_meta  # nothing was begun
 
 
+def test_a_model_that_has_its_values_keeps_them() -> None:
+    class Filled(nn.Linear):
+        def init_weights(self) -> None:
+            raise AssertionError("its values are lost")
+
+        _init_weights = tie_weights = init_weights
+
+    filled = Filled(8, 8)
+    weight = filled.weight.detach().clone()
+    with torch.device("meta"):
+        root = nn.Sequential(nn.Linear(8, 8))
+    root.append(filled)
+    materialize(root)
+    assert not root[0].weight.is_meta and torch.equal(filled.weight, weight)
+
+
 def test_fabric_gives_memory_to_a_model_that_is_set_up_before_its_optimizer() -> None:
     fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricSuperpipeStrategy(k=2))
     with torch.device("meta"):
