@@ -16,14 +16,15 @@ from lightning_superpipe.config import Adversary, SuperpipeConfig
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
-from lightning_superpipe.engine.lanes import Lanes, StreamLanes
+from lightning_superpipe.engine.lanes import Lanes
+from lightning_superpipe.engine.stream_lanes import StreamLanes
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.engine.unit import slot_bytes_of
 from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.optimizer import FusedChoice, sparsely_differentiated, wants_fused
+from lightning_superpipe.optimizer import FusedChoice, UpdateStage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import MemoryNeed, choose_k
 from lightning_superpipe.tiers import HostTier
@@ -51,6 +52,12 @@ class Session:
         self, root: nn.Module, config: SuperpipeConfig, device: torch.device, *, trains: bool, owns_root: bool = False
     ) -> None:
         self.config, self.device = config, device
+        if config.update == "in_backward" and owns_root:
+            raise UnsupportedError(
+                "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
+                "optimization. Use update='after_backward', which is exact as well and hides the update under the next "
+                "forward."
+            )
         found = partition(root, config.units)
         need = _memory_need(root, found, trains=trains)
         budget = config.device_memory if isinstance(config.device_memory, int) else None
@@ -60,9 +67,11 @@ class Session:
         self._need, self._budget = need, budget
         self._tier = HostTier(pin=_may_pin(config, device))
         self._engine = self._make_engine(root, found, owns_root)
+        self._updates = self._make_updates()
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
         self._optimizers: list[Optimizer] = []
+        self._whole: set[str] = set()
         self._root = root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = False
@@ -82,6 +91,18 @@ class Session:
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
+        )
+
+    def _make_updates(self) -> UpdateStage | None:
+        """The stage that splits optimizer steps; None where they stay whole."""
+        hostile, setting = self.config.adversary, self.config.update
+        gains_nothing = self._engine.lanes.shares_memory and hostile is None
+        if setting == "at_once" or (setting == "auto" and gains_nothing):
+            return None
+        return UpdateStage(
+            self._engine,
+            max_delay_ms=hostile.max_delay_ms if hostile is not None else 0.0,
+            seed=hostile.seed if hostile is not None else 0,
         )
 
     # -- steps
@@ -185,8 +206,44 @@ class Session:
         return not is_separate(self.device)
 
     def attend(self, optimizers: Iterable[Optimizer]) -> None:
-        """Count these optimizers' states in the report."""
-        self._optimizers = list(optimizers)
+        """Take those of these optimizers that hold parameters of the module as its own: their states count in the
+        report, their steps are split.
+        """
+        own = {id(parameter) for parameter in self._root.parameters()}
+        self._optimizers = [
+            optimizer
+            for optimizer in optimizers
+            if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+        ]
+        whole = [] if self._updates is None else self._updates.attend(self._optimizers)
+        for name in set(whole) - self._whole:
+            warnings.warn(
+                f"{name} is not known to update each parameter by itself: its step runs as a whole.",
+                SuperpipeWarning,
+                stacklevel=3,
+            )
+        self._whole |= set(whole)
+
+    @contextlib.contextmanager
+    def updating_in_backward(self, optimizer: Optimizer) -> Iterator[None]:
+        """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
+        if self._updates is None:
+            yield
+            return
+        self._updates.announce(optimizer)
+        try:
+            yield
+        except BaseException:
+            if names := self._updates.withdraw():
+                warnings.warn(
+                    f"the step was interrupted after {len(names)} of {len(self.units)} units had been updated "
+                    f"({names[0]} first): weights are not those of a finished step. Go on from the last checkpoint, or "
+                    "use update='after_backward'.",
+                    SuperpipeWarning,
+                    stacklevel=2,
+                )
+            raise
+        self._updates.withdraw()
 
     def streams(self, model: nn.Module) -> bool:
         """Whether this is the session of a module."""
@@ -206,9 +263,11 @@ class Session:
         if self._final_report is not None:
             return
         self._finish_step()
+        if self._updates is not None:
+            self._updates.close()
         self._final_report = self.report()
         self._engine.close()
-        del self._engine, self._meter, self._root, self._optimizers, self._tier
+        del self._updates, self._engine, self._meter, self._root, self._optimizers, self._tier
 
     # -- report
 

@@ -337,7 +337,11 @@ class Engine:
         self._is_in_step = self._is_evaluation = False
         self.follower.end()
 
-    # -- what watches, tokens and owners ask
+    # -- what watches, tokens, owners and the update stage ask
+
+    def units_by_need(self) -> list[Unit]:
+        """All units, those first that the next training step is expected to need first."""
+        return [self.units[index] for index in self.follower.first_needed()]
 
     def unit_of_twin(self, tensor: Tensor) -> tuple[Unit, int] | None:
         return self.catalog.unit_of_twin(tensor)

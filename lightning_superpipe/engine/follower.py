@@ -88,6 +88,11 @@ class Follower:
             distance.setdefault(use.unit, steps)
         return distance
 
+    def first_needed(self) -> tuple[int, ...]:
+        """All units, in the order in which a training step is expected to need them for the first time."""
+        order = self._trace if self._mode == TRAIN and self._trace else self._known.get(TRAIN, ())
+        return tuple(dict.fromkeys((*(use.unit for use in order), *range(self._num_units))))
+
     def _resume_at(self, use: Action, resident: Callable[[], Iterable[int]]) -> list[Action]:
         self.num_deviations += 1
         found = _find(self._order, use, self._position)

@@ -1,0 +1,237 @@
+"""The update stage: when each unit is updated.
+
+A unit may be updated at any time between "its gradient is final" and "its next prefetch". So the step of a separable
+optimizer is split by unit, and the parts run in a thread of their own: as soon as a unit's gradients are home
+(``in_backward``), or after the whole step was asked for, in the order in which the next forward needs the units
+(``after_backward``). Copies of a unit's weights wait for its own part only, and so does everybody else who looks
+(:mod:`lightning_superpipe.engine.pending`). Both are exact; other optimizers run as a whole, when they are asked to.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past
+from lightning_superpipe.engine.lanes import Event, now
+from lightning_superpipe.engine.pending import Pending, may_be_held, settle_before_forks, unfenced
+from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.errors import SuperpipeError
+from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.optimizer.separable import (
+    Member,
+    is_scaled,
+    is_separable,
+    keeps_state,
+    members,
+    narrowed,
+    options,
+    run_for,
+)
+
+__all__ = ["UpdateStage"]
+
+
+@dataclass
+class _Announced:
+    """A step that will follow the backward pass to come, and what has been updated of it."""
+
+    optimizer: Optimizer
+    groups: list[dict[str, Any]]
+    members: dict[int, list[Member]]
+    home: dict[int, set[int]] = field(default_factory=dict)
+    updated: set[int] = field(default_factory=set)
+
+
+class UpdateStage:
+    """Splits the steps of optimizers by the units of one engine.
+
+    Args:
+        max_delay_ms: each part starts up to this much later, at random: a missing fence then shows as wrong numbers.
+        seed: of those delays.
+    """
+
+    def __init__(self, engine: Engine, *, max_delay_ms: float = 0.0, seed: int = 0) -> None:
+        self._engine = engine
+        self._lane = HostLane("superpipe-update")
+        self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
+        self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
+        self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
+        self._announced: _Announced | None = None
+        settle_before_forks()
+
+    # -- whose steps
+
+    def attend(self, optimizers: Iterable[Optimizer]) -> list[str]:
+        """Split the steps of these optimizers from now on; return the names of those that cannot be."""
+        whole = []
+        for optimizer in optimizers:
+            if not is_separable(optimizer):
+                whole.append(type(optimizer).__name__)
+            elif optimizer not in self._hooks:
+                self._hooks[optimizer] = [
+                    optimizer.register_step_post_hook(self._after_step),
+                    optimizer.register_step_pre_hook(self._before_step),
+                    optimizer.register_state_dict_pre_hook(self._settle),
+                    optimizer.register_load_state_dict_pre_hook(self._settle),
+                ]
+        return whole
+
+    def _settle(self, optimizer: Optimizer, *_: Any) -> None:
+        """Wait until nothing of an optimizer is under way."""
+        for unit in self._units_of(optimizer):
+            unit.settle()
+
+    def _units_of(self, optimizer: Optimizer) -> list[Unit]:
+        return self._engine.catalog.written_by(optimizer) or []
+
+    # -- a step
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the optimizer hand its step over once its closure has run; hooks of the user's are over by then."""
+        kwargs = dict(kwargs)
+        closure = args[1] if len(args) > 1 else kwargs.pop("closure", None)
+
+        def run_closure() -> Any:
+            loss = closure() if closure is not None else None
+            with torch.no_grad():
+                self._take_over(optimizer)
+            return loss
+
+        return (optimizer, run_closure), kwargs
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Start the parts of a step, and leave nothing to the optimizer itself."""
+        announced, self._announced = self._announced, None
+        updated = announced.updated if announced is not None and announced.optimizer is optimizer else set[int]()
+        for unit in self._units_of(optimizer):
+            if unit.index not in updated:
+                unit.settle()
+        if is_scaled(optimizer):
+            return
+        of_units, rest = self._by_unit(members(optimizer))
+        groups = options(optimizer)
+        for unit in self._engine.units_by_need():
+            some = of_units.get(unit.index, [])
+            if unit.index in updated:
+                continue
+            if some and self._may_start(optimizer, some):
+                self._start(unit, optimizer, some, groups, after=Past())
+            else:
+                rest += some
+        run_for(optimizer, rest)
+        self._set_aside[optimizer] = optimizer.param_groups
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._hooks[optimizer][0].id, last=False)
+        optimizer.param_groups = []  # given back by the first hook behind the step
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if (groups := self._set_aside.pop(optimizer, None)) is not None:
+            optimizer.param_groups = groups
+
+    def _by_unit(self, all_members: Iterable[Member]) -> tuple[dict[int, list[Member]], list[Member]]:
+        """Return the members of each unit, and those outside units."""
+        of_units: dict[int, list[Member]] = {}
+        rest: list[Member] = []
+        for member in all_members:
+            found = self._engine.catalog.unit_of_host(member.parameter)
+            (rest if found is None else of_units.setdefault(found[0].index, [])).append(member)
+        return of_units, rest
+
+    def _may_start(self, optimizer: Optimizer, some: Sequence[Member]) -> bool:
+        """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
+        return all(keeps_state(optimizer, member) for member in some) and may_be_held(_tensors(optimizer, some))
+
+    def _start(
+        self, unit: Unit, optimizer: Optimizer, some: Sequence[Member], groups: list[dict[str, Any]], *, after: Event
+    ) -> None:
+        """Run a part in the thread, after an event that completes its gradients."""
+        delay = self._rng.random() * self._max_delay_ms / 1e3
+        step = narrowed(optimizer, groups, some) if isinstance(after, Past) else None
+        done = HostEvent()
+        pending = unit.pending = Pending(_tensors(optimizer, some), done, unit.note_settled)
+
+        def update() -> None:
+            time.sleep(delay)
+            with unfenced(), torch.no_grad():
+                start = now()
+                if step is None:  # gradients have landed just now
+                    pending.hold(member.parameter.grad for member in some)
+                (step or narrowed(optimizer, groups, some))()
+                if self._engine.lanes.recorder is not None:
+                    self._engine.lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
+
+        self._lane.submit(update, after=after, done=done)
+
+    # -- in backward
+
+    def announce(self, optimizer: Optimizer) -> None:
+        """Promise that the next backward pass is the last before a step of this optimizer, and that nobody looks at
+        gradients in between: each unit may be updated as soon as its gradients are home.
+        """
+        if optimizer not in self._hooks:
+            return
+        everything = [
+            Member(index, parameter)
+            for index, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+            if parameter.requires_grad or parameter.grad is not None
+        ]
+        self._announced = _Announced(optimizer, options(optimizer), self._by_unit(everything)[0])
+        self._engine.gradients.on_home = self._note_home
+
+    def withdraw(self) -> list[str]:
+        """No step follows any more; return the names of units that have been updated all the same."""
+        announced, self._announced = self._announced, None
+        self._engine.gradients.on_home = None
+        return [self._engine.units[index].name for index in sorted(announced.updated)] if announced is not None else []
+
+    def _note_home(self, index: int, parameters: Iterable[nn.Parameter], landed: Event) -> None:
+        """Gradients of a unit are on their way home and complete once ``landed`` has passed."""
+        announced = self._announced
+        if announced is None or index not in announced.members:
+            return
+        unit, some = self._engine.units[index], announced.members[index]
+        if index in announced.updated:
+            raise SuperpipeError(
+                f"unit {unit.name!r} got gradients twice before one step, but was updated after the first: use "
+                "update='after_backward'."
+            )
+        home = announced.home.setdefault(index, set())
+        home.update(id(parameter) for parameter in parameters)
+        if home.issuperset(id(member.parameter) for member in some) and self._may_start(announced.optimizer, some):
+            announced.updated.add(index)
+            self._start(unit, announced.optimizer, some, announced.groups, after=landed)
+
+    def close(self) -> None:
+        """Finish what is under way, and leave the optimizers as they were."""
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._hooks.clear()
+        self._engine.gradients.on_home = None
+        try:
+            for unit in self._engine.units:
+                unit.settle()
+        finally:
+            self._lane.close()
+
+
+def _tensors(optimizer: Optimizer, some: Iterable[Member]) -> list[Tensor]:
+    """All that a part reads or writes."""
+    found: dict[int, Tensor] = {}
+    for _, parameter in some:
+        state = optimizer.state.get(parameter, {})
+        for value in (parameter, parameter.grad, *state.values()):
+            if isinstance(value, Tensor):
+                found[id(value)] = value
+    return list(found.values())
