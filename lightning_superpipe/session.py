@@ -20,6 +20,7 @@ from lightning_superpipe.engine.lanes import Lanes
 from lightning_superpipe.engine.stream_lanes import StreamLanes
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.engine.unit import slot_bytes_of
+from lightning_superpipe.engine.wire import HALVES, Wire
 from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
@@ -59,13 +60,15 @@ class Session:
                 "forward."
             )
         found = partition(root, config.units)
-        need = _memory_need(root, found, trains=trains)
+        self._wire = _wire_of(root, config)
+        need = _memory_need(root, found, self._wire, trains=trains)
         budget = config.device_memory if isinstance(config.device_memory, int) else None
         self.k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=config.k_prime)
         self.k_prime = min(config.k_prime, self.k)
         self.units: UnitTable = unit_table(root, found, k=self.k)
         self._need, self._budget = need, budget
-        self._tier = HostTier(pin=_may_pin(config, device))
+        # What is cast on the way is copied from staging memory: its masters need no page lock.
+        self._tier = HostTier(pin=_may_pin(config, device) and self._wire.dtype is None)
         self._engine = self._make_engine(root, found, owns_root)
         self._updates = self._make_updates()
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
@@ -91,6 +94,7 @@ class Session:
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
+            wire=self._wire,
         )
 
     def _make_updates(self) -> UpdateStage | None:
@@ -307,7 +311,7 @@ class Session:
         )
 
     def _static_bytes(self) -> tuple[int, int]:
-        anchors = self._engine.anchors.num_bytes if not self.is_emulated else self._need.anchor_bytes
+        anchors = self._engine.anchors.num_bytes if self._engine.anchors.have_copies else self._need.anchor_bytes
         return self._engine.slots.num_bytes, anchors
 
     def _training_state(self) -> tuple[int, int, int]:
@@ -321,12 +325,29 @@ class Session:
         return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
 
 
-def _memory_need(root: nn.Module, found: Partition, *, trains: bool) -> MemoryNeed:
+def _wire_of(root: nn.Module, config: SuperpipeConfig) -> Wire:
+    """The wire dtype of a module.
+
+    Raises:
+        UnsupportedError: a parameter has another dtype of 2 bytes, to which the wire dtype would only do harm.
+    """
+    wire = Wire(None if config.wire_dtype is None else getattr(torch, config.wire_dtype))
+    for name, parameter in root.named_parameters():
+        if wire.dtype is not None and parameter.dtype in HALVES and parameter.dtype is not wire.dtype:
+            raise UnsupportedError(
+                f"wire_dtype={config.wire_dtype!r}, but parameter {name!r} is {parameter.dtype}: parameters must be "
+                "float32, or of the wire dtype. Leave wire_dtype out, or convert the module first."
+            )
+    return wire
+
+
+def _memory_need(root: nn.Module, found: Partition, wire: Wire, *, trains: bool) -> MemoryNeed:
     """Device bytes that are known before anything runs."""
-    sizes = {unit.name: slot_bytes_of(unit.module, found.anchors) for unit in found.units}
+    sizes = {unit.name: slot_bytes_of(unit.module, found.anchors, wire) for unit in found.units}
     largest = max(sizes, key=lambda name: sizes[name])
-    anchors = sum(p.nbytes for p in root.parameters() if id(p) in found.anchors and not nn.parameter.is_lazy(p))
-    buffers = sum(buffer.nbytes for buffer in root.buffers())
+    present = [p for p in root.parameters() if not nn.parameter.is_lazy(p)]
+    anchors = sum(wire.num_bytes(parameter) for parameter in present if id(parameter) in found.anchors)
+    buffers = sum(map(wire.num_bytes, root.buffers()))
     return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains)
 
 

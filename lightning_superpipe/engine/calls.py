@@ -65,6 +65,8 @@ class UnitOwner(_EngineOwner):
         if is_tracing():
             self._leave_device()
             return forward(*args, **kwargs)
+        if not unit.num_active:
+            args, kwargs = engine.wire.inputs(args), engine.wire.inputs(kwargs)
         if not hooks_are_allowed():
             return self._run_transformed(forward, args, kwargs)
         if engine.is_separate and not unit.num_active:
@@ -81,7 +83,7 @@ class UnitOwner(_EngineOwner):
         engine, unit = self._engine, self._unit
         engine.catalog.promote_unit(unit, "torch.func")
         self._leave_device()
-        sites = unit.registered() if engine.is_separate and not unit.num_active else []
+        sites = unit.registered() if engine.anchors.have_copies and not unit.num_active else []
         sites = [site for site in sites if engine.is_anchor(site.parameter)]
         for site in sites:
             site.put(engine.anchors.twin(site.parameter))
@@ -134,6 +136,7 @@ class OuterOwner(_EngineOwner):
             module._parameters[name] = engine.anchors.twin(host)
         buffers = engine.anchors.bind_buffers([module])
         if parameters:
+            args, kwargs = engine.wire.inputs(args), engine.wire.inputs(kwargs)
             args, kwargs = _aligned(args, engine.device), _aligned(kwargs, engine.device)
         try:
             return forward(*args, **kwargs)

@@ -29,10 +29,12 @@ from lightning_superpipe.engine.lanes import Label, Lanes, Mark, now
 from lightning_superpipe.engine.outside import Outside
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import SlotPool
+from lightning_superpipe.engine.staging import WireStaging
 from lightning_superpipe.engine.tokens import SavedTensors
 from lightning_superpipe.engine.twins import make_twin
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
+from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.planning import Action, Op
 from lightning_superpipe.tiers import Tier
 
@@ -59,10 +61,11 @@ class Engine:
         lanes, tier: how bytes move, and where they live.
         pin: page-lock what gradients land in.
         root_scope: the root is called itself, not only its children: opens the scope of a step around each call.
+        wire: the dtype of what crosses the link, where it is not the parameters' own.
 
     Attributes:
         is_open: False once closed; what is left of graphs then computes with host parameters.
-        lone_dtype: the dtype of all streamed parameters; None if there are several.
+        lone_dtype: the dtype of all streamed parameters on the device; None if there are several.
         watch: the mode that is active between unit calls of the step in progress.
         on_boundary: called after each unit's compute, for those who measure.
     """
@@ -78,8 +81,9 @@ class Engine:
         tier: Tier,
         pin: bool = False,
         root_scope: RootScope | None = None,
+        wire: Wire | None = None,
     ) -> None:
-        self.lanes, self.device = lanes, lanes.device
+        self.lanes, self.device, self.wire = lanes, lanes.device, wire or Wire()
         self.is_separate = is_separate(self.device)
         self.is_open = True
         self.watch: TrainWatch | EvalWatch | None = None
@@ -95,27 +99,31 @@ class Engine:
         self._own_seconds, self._num_uses = 0.0, 0
         self._is_compiled = any(_is_compiled(module) for module in root.modules())
 
-        self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin)
+        self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin, self.wire)
         self.catalog = Catalog(root, self.anchors)
-        self.units = [Unit(i, name, module, anchors, self._make_twin) for i, (name, module) in enumerate(units)]
+        self.units = [
+            Unit(i, name, module, anchors, self._make_twin, wire=self.wire) for i, (name, module) in enumerate(units)
+        ]
         slot_bytes = max(unit.num_bytes for unit in self.units)
         self.slots = SlotPool(self.device, window.k, slot_bytes, poison=window.poison, seed=window.slot_seed)
         self.casts = Casts(self.device)
         self.note_dtypes()
         self.follower = Follower(len(self.units), window.k, window.k_prime)
-        self.residency = Residency(self.units, self.slots, lanes, self.follower, self.casts, self._unbind)
+        staging = WireStaging(tier.part("wire", pin=pin))
+        self.residency = Residency(self.units, self.slots, lanes, self.follower, self.casts, self._unbind, staging)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
         self.saved = SavedTensors(self)
-        self.outside = Outside(self.device, self.anchors, self.catalog, self.residency, self.saved, self.recover)
+        self.outside = Outside(self.wire, self.anchors, self.catalog, self.residency, self.saved, self.recover)
         self._installation = Installation(self, root, tier, root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
-        twin = make_twin(unit.parameters[index], self.device, self, Label("G", unit.index, unit.name))
+        label = Label("G", unit.index, unit.name)
+        twin = make_twin(unit.parameters[index], self.device, self, label, dtype=unit.dtypes[index])
         self.catalog.add_twin(twin, unit, index)
         return twin
 
     def _make_anchor_twin(self, host: nn.Parameter) -> nn.Parameter:
-        return make_twin(host, self.device, self, Label("G", -1, "anchors"))
+        return make_twin(host, self.device, self, Label("G", -1, "anchors"), dtype=self.wire.dtype_of(host))
 
     # -- uses
 
@@ -203,7 +211,7 @@ class Engine:
 
     def _bind(self, unit: Unit) -> None:
         if not unit.is_bound:
-            unit.bind(self.anchors.twin if self.is_separate else None)
+            unit.bind(self.anchors.twin if self.anchors.have_copies else None)
             self._bound_buffers[unit.index] = self.anchors.bind_buffers(unit.module.modules())
 
     def _unbind(self, unit: Unit) -> None:
@@ -233,13 +241,13 @@ class Engine:
 
     def note_dtypes(self) -> None:
         """Units were scanned: their parameters may have other dtypes."""
-        dtypes = {parameter.dtype for unit in self.units for parameter in unit.parameters}
+        dtypes = {dtype for unit in self.units for dtype in unit.dtypes}
         self.lone_dtype: torch.dtype | None = dtypes.pop() if len(dtypes) == 1 else None
 
     def _make_watch(self, mode: str) -> TrainWatch | EvalWatch | None:
         if mode == TRAIN:
             return TrainWatch(self.outside)
-        return EvalWatch(self.outside) if self.is_separate else None
+        return EvalWatch(self.outside) if self.anchors.have_copies else None
 
     def _begin(self, mode: str, is_undisturbed: bool) -> None:
         self.recover()

@@ -51,10 +51,16 @@ class HostTier(Tier):
     def __init__(self, *, pin: bool) -> None:
         self._pin = pin
         self._slabs: list[HostSlab] = []
+        self._parts: dict[str, HostTier] = {}
+
+    def part(self, kind: str, *, pin: bool | None = None) -> HostTier:
+        if kind not in self._parts:
+            self._parts[kind] = HostTier(pin=self._pin if pin is None else pin)
+        return self._parts[kind]
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(slab.num_bytes for slab in self._slabs)
+        return sum(slab.num_bytes for slab in self._slabs) + sum(part.allocated_bytes for part in self._parts.values())
 
     def allocate(self, num_bytes: int) -> HostSlab:
         try:
@@ -79,6 +85,8 @@ class HostTier(Tier):
         for slab in self._slabs:
             slab.close()
         self._slabs.clear()
+        for part in self._parts.values():
+            part.close()
 
 
 def _page_lock(pages: Tensor) -> bool:
