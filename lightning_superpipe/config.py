@@ -123,7 +123,8 @@ class SuperpipeConfig:
             ``"float16"``), while those of the module stay float32 masters on the host; None keeps their own. Not equal
             to the run in float32: it equals one whose module is a copy in the wire dtype, made anew from the masters
             before each forward, with gradients cast to float32. As ``module.to(dtype)`` would, this casts
-            floating-point buffers too; floating-point inputs of units are cast as well, outputs are not.
+            floating-point buffers too; floating-point inputs of units and of modules around them are cast as well
+            (not the batch of a LightningModule's own steps), outputs are not.
         master_weights: ``"float32"``: parameters of 2 bytes are updated in float32, on masters that the optimizer's
             state holds (as ``"master"``), and get the rounded values after each step; None updates them as they are.
         units: class names, module names or patterns, or a callable ``(name, module) -> bool`` that marks the units;

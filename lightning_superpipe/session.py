@@ -25,7 +25,7 @@ from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarnin
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.optimizer import FusedChoice, UpdateStage, sparsely_differentiated, wants_fused
+from lightning_superpipe.optimizer import FusedChoice, Masters, UpdateStage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import MemoryNeed, choose_k
 from lightning_superpipe.tiers import HostTier
@@ -101,12 +101,16 @@ class Session:
         """The stage that splits optimizer steps; None where they stay whole."""
         hostile, setting = self.config.adversary, self.config.update
         gains_nothing = self._engine.lanes.shares_memory and hostile is None
-        if setting == "at_once" or (setting == "auto" and gains_nothing):
+        at_once = setting == "at_once" or (setting == "auto" and gains_nothing)
+        self._masters = Masters() if self.config.master_weights is not None else None
+        if at_once and self._masters is None:
             return None
         return UpdateStage(
             self._engine,
             max_delay_ms=hostile.max_delay_ms if hostile is not None else 0.0,
             seed=hostile.seed if hostile is not None else 0,
+            masters=self._masters,
+            in_thread=not at_once,
         )
 
     # -- steps

@@ -135,8 +135,9 @@ class OuterOwner(_EngineOwner):
         for name, host in parameters.items():
             module._parameters[name] = engine.anchors.twin(host)
         buffers = engine.anchors.bind_buffers([module])
-        if parameters:
+        if any(True for _ in module.parameters()):  # a loss may have been given float32 on purpose
             args, kwargs = engine.wire.inputs(args), engine.wire.inputs(kwargs)
+        if parameters:
             args, kwargs = _aligned(args, engine.device), _aligned(kwargs, engine.device)
         try:
             return forward(*args, **kwargs)

@@ -2,8 +2,8 @@
 
 The host keeps parameters as they are: they are the masters, which optimizers, checkpoints and state dicts see. What the
 device sees is what ``module.to(dtype)`` would have made of the module: floating-point parameters and buffers in the
-wire dtype, all others as they are. As a unit's weights are of that dtype, so are the floating-point tensors that it is
-called with (the rule of FSDP2's ``cast_forward_inputs``); what it returns is left as it is.
+wire dtype, all others as they are. As weights are of that dtype, so are the floating-point tensors that units, and
+modules around units, are called with (the rule of FSDP2's ``cast_forward_inputs``); what they return is left as it is.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Wire:
         return tensor.to(self.dtype_of(tensor))
 
     def inputs(self, values: Any) -> Any:
-        """Cast the floating-point tensors that a unit is called with; containers without any are passed on as they are.
+        """Cast the floating-point tensors that a module is called with; containers without any are passed on as they are.
 
         Differentiable, as in the module that it stands for.
         """

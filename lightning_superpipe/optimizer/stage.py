@@ -27,6 +27,7 @@ from lightning_superpipe.engine.pending import Pending, may_be_held, settle_befo
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.separable import (
     Member,
     is_scaled,
@@ -58,10 +59,21 @@ class UpdateStage:
     Args:
         max_delay_ms: each part starts up to this much later, at random: a missing fence then shows as wrong numbers.
         seed: of those delays.
+        masters: runs the parts where parameters have master weights; None where none have.
+        in_thread: False: all parts run at once, when the step is asked for.
     """
 
-    def __init__(self, engine: Engine, *, max_delay_ms: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_delay_ms: float = 0.0,
+        seed: int = 0,
+        masters: Masters | None = None,
+        in_thread: bool = True,
+    ) -> None:
         self._engine = engine
+        self._masters, self._in_thread = masters, in_thread
         self._lane = HostLane("superpipe-update")
         self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
         self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
@@ -75,6 +87,7 @@ class UpdateStage:
         """Split the steps of these optimizers from now on; return the names of those that cannot be."""
         whole = []
         for optimizer in optimizers:
+            own_hooks = self._masters.attend(optimizer) if self._masters and optimizer not in self._hooks else []
             if not is_separable(optimizer):
                 whole.append(type(optimizer).__name__)
             elif optimizer not in self._hooks:
@@ -83,6 +96,7 @@ class UpdateStage:
                     optimizer.register_step_pre_hook(self._before_step),
                     optimizer.register_state_dict_pre_hook(self._settle),
                     optimizer.register_load_state_dict_pre_hook(self._settle),
+                    *own_hooks,
                 ]
         return whole
 
@@ -116,6 +130,8 @@ class UpdateStage:
         for unit in self._units_of(optimizer):
             if unit.index not in updated:
                 unit.settle()
+        if self._masters is not None:
+            self._masters.refuse_scaled(optimizer, members(optimizer))
         if is_scaled(optimizer):
             return
         of_units, rest = self._by_unit(members(optimizer))
@@ -128,7 +144,7 @@ class UpdateStage:
                 self._start(unit, optimizer, some, groups, after=Past())
             else:
                 rest += some
-        run_for(optimizer, rest)
+        (run_for if self._masters is None else self._masters.run_for)(optimizer, rest)
         self._set_aside[optimizer] = optimizer.param_groups
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._hooks[optimizer][0].id, last=False)
@@ -149,14 +165,19 @@ class UpdateStage:
 
     def _may_start(self, optimizer: Optimizer, some: Sequence[Member]) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
-        return all(keeps_state(optimizer, member) for member in some) and may_be_held(_tensors(optimizer, some))
+        if not self._in_thread or not all(keeps_state(optimizer, member) for member in some):
+            return False
+        masters = self._masters
+        has_masters = masters is None or all(masters.has_master(optimizer, member.parameter) for member in some)
+        return has_masters and may_be_held(_tensors(optimizer, some))
 
     def _start(
         self, unit: Unit, optimizer: Optimizer, some: Sequence[Member], groups: list[dict[str, Any]], *, after: Event
     ) -> None:
         """Run a part in the thread, after an event that completes its gradients."""
         delay = self._rng.random() * self._max_delay_ms / 1e3
-        step = narrowed(optimizer, groups, some) if isinstance(after, Past) else None
+        narrow = narrowed if self._masters is None else self._masters.narrowed
+        step = narrow(optimizer, groups, some) if isinstance(after, Past) else None
         done = HostEvent()
         pending = unit.pending = Pending(_tensors(optimizer, some), done, unit.note_settled)
 
@@ -166,7 +187,7 @@ class UpdateStage:
                 start = now()
                 if step is None:  # gradients have landed just now
                     pending.hold(member.parameter.grad for member in some)
-                (step or narrowed(optimizer, groups, some))()
+                (step or narrow(optimizer, groups, some))()
                 if self._engine.lanes.recorder is not None:
                     self._engine.lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
 
@@ -178,7 +199,7 @@ class UpdateStage:
         """Promise that the next backward pass is the last before a step of this optimizer, and that nobody looks at
         gradients in between: each unit may be updated as soon as its gradients are home.
         """
-        if optimizer not in self._hooks:
+        if optimizer not in self._hooks or not self._in_thread:
             return
         everything = [
             Member(index, parameter)
