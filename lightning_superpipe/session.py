@@ -19,18 +19,19 @@ from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.lanes import Lanes
 from lightning_superpipe.engine.stream_lanes import StreamLanes
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
-from lightning_superpipe.engine.unit import slot_bytes_of
+from lightning_superpipe.engine.unit import slot_bytes_of, trained_bytes_of
 from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.optimizer import FusedChoice, UpdateStage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
-from lightning_superpipe.planning.budget import MemoryNeed, choose_k
+from lightning_superpipe.planning.budget import MemoryNeed, choose_k, choose_residents
 from lightning_superpipe.tiers import HostTier
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
+_MARGIN = 10  # a tenth more activations than measured
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 
 
@@ -63,6 +64,8 @@ class Session:
         budget = config.device_memory if isinstance(config.device_memory, int) else None
         self.k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=config.k_prime)
         self.k_prime = min(config.k_prime, self.k)
+        asked = 0 if config.resident == "auto" else config.resident
+        self.num_resident = choose_residents(asked, self.k, need, budget, need.total(self.k))
         self.units: UnitTable = unit_table(root, found, k=self.k)
         self._need, self._budget = need, budget
         self._tier = HostTier(pin=_may_pin(config, device))
@@ -81,7 +84,8 @@ class Session:
 
     def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
         hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
-        window = Window(self.k, self.k_prime, hostile.poison, hostile.seed if hostile.shuffle_slots else None)
+        seed = hostile.seed if hostile.shuffle_slots else None
+        window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident)
         return Engine(
             root,
             [(unit.name, unit.module) for unit in found.units],
@@ -147,12 +151,23 @@ class Session:
         self._backward_scope.close()
 
     def _begin_training_step(self) -> None:
+        if self._num_steps == _NUM_COUNTED_STEPS and self.config.resident == "auto":
+            self._use_spare_memory()
         if self._num_steps == self.config.record_step:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
         self._engine.on_boundary = self._meter.sample if self._is_counted() else None
+
+    def _use_spare_memory(self) -> None:
+        """Let units stay in what the first steps left of the budget."""
+        peak = self._meter.peak
+        used = peak.total + peak.activations // _MARGIN
+        count = choose_residents(None, self.k, self._need, self._budget, used)
+        if count:
+            self.num_resident += count
+            self._engine.keep_resident(count)
 
     def _finish_step(self) -> None:
         """Close the books of the training step before, if one is open."""
@@ -190,7 +205,7 @@ class Session:
             f"{len(promotions)} parameters ({naturalsize(num_bytes, binary=True)}) of units {names} are read outside "
             f"their unit (by {promotions[0].function}): from now on they have a permanent copy on the device."
         )
-        extra = self._need.total(self.k) + num_bytes
+        extra = self._need.total(self.k + self.num_resident) + num_bytes
         if self._budget is not None and extra > self._budget:
             raise BudgetError(
                 f"{message} That makes {naturalsize(extra, binary=True)}, but device_memory allows "
@@ -275,15 +290,17 @@ class Session:
         """What streaming cost and saved so far."""
         if self._final_report is not None:
             return self._final_report
-        static = self._need.total(self.k) - self._need.gradient_bytes
+        num_slots = self.k + self.num_resident
+        static = self._need.total(num_slots) - self._need.gradient_bytes
         peak = self._meter.peak
         if not peak.total:
-            slots = self.k * self._need.slot_bytes
+            slots = num_slots * self._need.slot_bytes
             peak = peak._replace(slots=slots, anchors=static - slots)
         weights, gradients, states = self._training_state()
         return Report(
             k=self.k,
             k_prime=self.k_prime,
+            num_resident=self.num_resident,
             num_units=len(self._engine.units),
             num_steps=self._num_steps,
             peak=peak,
@@ -327,7 +344,8 @@ def _memory_need(root: nn.Module, found: Partition, *, trains: bool) -> MemoryNe
     largest = max(sizes, key=lambda name: sizes[name])
     anchors = sum(p.nbytes for p in root.parameters() if id(p) in found.anchors and not nn.parameter.is_lazy(p))
     buffers = sum(buffer.nbytes for buffer in root.buffers())
-    return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains)
+    trained = max(trained_bytes_of(unit.module, found.anchors) for unit in found.units)
+    return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains, trained_bytes=trained)
 
 
 def _make_lanes(config: SuperpipeConfig, device: torch.device, hostile: Adversary) -> Lanes:
