@@ -115,6 +115,8 @@ class SuperpipeConfig:
 
     Attributes:
         k: most units on the device at once, those in flight included; ``"auto"`` takes a small window that fits.
+        resident: units that stay on the device beside those ``k``, evenly spread; ``"auto"`` keeps as many as fit into
+            what ``device_memory`` leaves after two steps, activations counted, and none without ``device_memory``.
         k_prime: units moved per transfer, ``1 <= k_prime <= k``; only ``k_prime < k`` overlaps copies with compute.
         device_memory: bytes that the plan may use on the device (``"8GiB"`` or an integer); None sets no limit.
         host_memory: bytes that weights, gradients, optimizer states and staging may take on the host together; None
@@ -148,6 +150,7 @@ class SuperpipeConfig:
 
     k: int | Auto = "auto"
     k_prime: int = 1
+    resident: int | Auto = "auto"
     device_memory: int | str | None = None
     host_memory: int | str | None = None
     wire_dtype: WireDtype | None = None
@@ -169,6 +172,8 @@ class SuperpipeConfig:
                     f"k_prime={self.k_prime} is larger than k={self.k}: at most k units are on the device, so at most "
                     f"k can move at once. Use 1 <= k_prime <= {self.k}."
                 )
+        if self.resident != "auto":
+            _check_count("resident", self.resident, least=0, also="'auto'")
         for name in ("pin_memory", "fused_optimizer"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are true, false and 'auto'.")
@@ -244,8 +249,8 @@ def _check_units(units: Any) -> None:
         )
 
 
-def _check_count(name: str, value: Any, also: str | None = None) -> None:
-    """Raise ConfigError unless ``value`` is an integer of at least one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        allowed = "an integer of at least 1" + (f" or {also}" if also else "")
+def _check_count(name: str, value: Any, also: str | None = None, least: int = 1) -> None:
+    """Raise ConfigError unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        allowed = f"an integer of at least {least}" + (f" or {also}" if also else "")
         raise ConfigError(f"{name}={value!r}: {allowed} is allowed.")

@@ -14,24 +14,21 @@ from torch.optim import Optimizer
 
 from lightning_superpipe.config import Adversary, SuperpipeConfig
 from lightning_superpipe.engine.backend import is_separate
+from lightning_superpipe.engine.choices import make_lanes, memory_need, wire_of
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
-from lightning_superpipe.engine.lanes import Lanes
-from lightning_superpipe.engine.stream_lanes import StreamLanes
-from lightning_superpipe.engine.thread_lanes import ThreadLanes
-from lightning_superpipe.engine.unit import slot_bytes_of
-from lightning_superpipe.engine.wire import HALVES, Wire
-from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
+from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.optimizer import FusedChoice, Masters, UpdateStage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
-from lightning_superpipe.planning.budget import MemoryNeed, choose_k
+from lightning_superpipe.planning.budget import choose_k, choose_residents
 from lightning_superpipe.tiers import HostTier
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
+_MARGIN = 10  # a tenth more activations than measured
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 
 
@@ -60,11 +57,13 @@ class Session:
                 "forward."
             )
         found = partition(root, config.units)
-        self._wire = _wire_of(root, config)
-        need = _memory_need(root, found, self._wire, trains=trains)
+        self._wire = wire_of(root, config)
+        need = memory_need(root, found, self._wire, trains=trains)
         budget = config.device_memory if isinstance(config.device_memory, int) else None
         self.k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=config.k_prime)
         self.k_prime = min(config.k_prime, self.k)
+        asked = 0 if config.resident == "auto" else config.resident
+        self.num_resident = choose_residents(asked, self.k, need, budget, need.total(self.k))
         self.units: UnitTable = unit_table(root, found, k=self.k)
         self._need, self._budget = need, budget
         # What is cast on the way is copied from staging memory: its masters need no page lock.
@@ -84,13 +83,14 @@ class Session:
 
     def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
         hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
-        window = Window(self.k, self.k_prime, hostile.poison, hostile.seed if hostile.shuffle_slots else None)
+        seed = hostile.seed if hostile.shuffle_slots else None
+        window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident)
         return Engine(
             root,
             [(unit.name, unit.module) for unit in found.units],
             found.anchors,
             window,
-            lanes=_make_lanes(self.config, self.device, hostile),
+            lanes=make_lanes(self.config, self.device, hostile),
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
@@ -155,12 +155,23 @@ class Session:
         self._backward_scope.close()
 
     def _begin_training_step(self) -> None:
+        if self._num_steps == _NUM_COUNTED_STEPS and self.config.resident == "auto":
+            self._use_spare_memory()
         if self._num_steps == self.config.record_step:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
         self._engine.on_boundary = self._meter.sample if self._is_counted() else None
+
+    def _use_spare_memory(self) -> None:
+        """Let units stay in what the first steps left of the budget."""
+        peak = self._meter.peak
+        used = peak.total + peak.activations // _MARGIN
+        count = choose_residents(None, self.k, self._need, self._budget, used)
+        if count:
+            self.num_resident += count
+            self._engine.keep_resident(count)
 
     def _finish_step(self) -> None:
         """Close the books of the training step before, if one is open."""
@@ -198,7 +209,7 @@ class Session:
             f"{len(promotions)} parameters ({naturalsize(num_bytes, binary=True)}) of units {names} are read outside "
             f"their unit (by {promotions[0].function}): from now on they have a permanent copy on the device."
         )
-        extra = self._need.total(self.k) + num_bytes
+        extra = self._need.total(self.k + self.num_resident) + num_bytes
         if self._budget is not None and extra > self._budget:
             raise BudgetError(
                 f"{message} That makes {naturalsize(extra, binary=True)}, but device_memory allows "
@@ -283,15 +294,17 @@ class Session:
         """What streaming cost and saved so far."""
         if self._final_report is not None:
             return self._final_report
-        static = self._need.total(self.k) - self._need.gradient_bytes
+        num_slots = self.k + self.num_resident
+        static = self._need.total(num_slots) - self._need.gradient_bytes
         peak = self._meter.peak
         if not peak.total:
-            slots = self.k * self._need.slot_bytes
+            slots = num_slots * self._need.slot_bytes
             peak = peak._replace(slots=slots, anchors=static - slots)
         weights, gradients, states = self._training_state()
         return Report(
             k=self.k,
             k_prime=self.k_prime,
+            num_resident=self.num_resident,
             num_units=len(self._engine.units),
             num_steps=self._num_steps,
             peak=peak,
@@ -327,51 +340,6 @@ class Session:
             value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state)
         )
         return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
-
-
-def _wire_of(root: nn.Module, config: SuperpipeConfig) -> Wire:
-    """The wire dtype of a module.
-
-    Raises:
-        UnsupportedError: a parameter has another dtype of 2 bytes, to which the wire dtype would only do harm.
-    """
-    wire = Wire(None if config.wire_dtype is None else getattr(torch, config.wire_dtype))
-    for name, parameter in root.named_parameters():
-        if wire.dtype is not None and parameter.dtype in HALVES and parameter.dtype is not wire.dtype:
-            raise UnsupportedError(
-                f"wire_dtype={config.wire_dtype!r}, but parameter {name!r} is {parameter.dtype}: parameters must be "
-                "float32, or of the wire dtype. Leave wire_dtype out, or convert the module first."
-            )
-    return wire
-
-
-def _memory_need(root: nn.Module, found: Partition, wire: Wire, *, trains: bool) -> MemoryNeed:
-    """Device bytes that are known before anything runs."""
-    sizes = {unit.name: slot_bytes_of(unit.module, found.anchors, wire) for unit in found.units}
-    largest = max(sizes, key=lambda name: sizes[name])
-    present = [p for p in root.parameters() if not nn.parameter.is_lazy(p)]
-    anchors = sum(wire.num_bytes(parameter) for parameter in present if id(parameter) in found.anchors)
-    buffers = sum(map(wire.num_bytes, root.buffers()))
-    return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains)
-
-
-def _make_lanes(config: SuperpipeConfig, device: torch.device, hostile: Adversary) -> Lanes:
-    """Copy threads on the CPU and where a link is emulated, streams on accelerators."""
-    emulates = config.link is not None or hostile.max_delay_ms > 0
-    if device.type == "mps":
-        raise UnsupportedError(
-            "streaming to 'mps' saves nothing: that device shares its memory with the host. Use the ordinary strategy."
-        )
-    if device.type != "cpu" and not (emulates and _copies_synchronously(device)):
-        if emulates:
-            raise ConfigError(f"a link can be emulated on the CPU only, not on {str(device)!r}: leave `link` out.")
-        return StreamLanes(device)
-    return ThreadLanes(device, config.link, max_delay_ms=hostile.max_delay_ms, seed=hostile.seed)
-
-
-def _copies_synchronously(device: torch.device) -> bool:
-    """Backends from outside torch that keep their memory on the host have no queue of their own."""
-    return device.type not in ("cuda", "xpu", "hpu", "mtia")
 
 
 def _may_pin(config: SuperpipeConfig, device: torch.device) -> bool:

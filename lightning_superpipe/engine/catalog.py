@@ -85,6 +85,14 @@ class Catalog:
         """Whether a value is a host buffer of the module."""
         return id(value) in self._buffers
 
+    def lowest_trained(self, units: Sequence[Unit]) -> int:
+        """The first unit with anything to train: backward needs none below, unless anchors down there are trained."""
+        root = self._root()
+        if root is None or any(p.requires_grad for p in root.parameters() if id(p) in self._anchors.reasons):
+            return 0
+        trained = (unit.index for unit in units if any(p.requires_grad for p in unit.parameters))
+        return next(trained, len(units))
+
     # -- reads and writes outside units
 
     def survey(self) -> None:

@@ -33,6 +33,8 @@ _ATTRIBUTES |= {"is_sparse", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta",
 _METHODS = frozenset(("size", "stride", "dim", "numel", "nelement", "element_size", "storage_offset", "get_device"))
 _METHODS |= {"is_floating_point", "is_complex", "is_contiguous", "is_pinned", "is_shared", "__len__", "__hash__"}
 
+_LONE_USES = 2  # its own, and that of whoever asks
+
 unfenced = torch._C.DisableTorchFunctionSubclass
 """Scope in which the engine looks at tensors (sizes, addresses, versions) without waiting for anything."""
 
@@ -93,7 +95,7 @@ def may_be_held(tensors: Sequence[Tensor]) -> bool:
     >>> may_be_held([weight])
     False
     """
-    return all(type(tensor) in _FENCED and storage_use_count(tensor) == 1 for tensor in tensors)
+    return all(type(tensor) in _FENCED and storage_use_count(tensor) <= _LONE_USES for tensor in tensors)
 
 
 @functools.cache

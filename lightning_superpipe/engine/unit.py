@@ -18,7 +18,7 @@ from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.partition import is_streamable
 from lightning_superpipe.tiers import Slab, Tier
 
-__all__ = ["Site", "Unit", "graph_reference", "lay_out", "num_owners", "slot_bytes_of"]
+__all__ = ["Site", "Unit", "graph_reference", "lay_out", "num_owners", "slot_bytes_of", "trained_bytes_of"]
 
 
 class Site(NamedTuple):
@@ -324,6 +324,12 @@ def lay_out(parameters: Sequence[nn.Parameter], wire: Wire | None = None) -> tup
 def slot_bytes_of(module: nn.Module, anchors: Container[int], wire: Wire | None = None) -> int:
     """Bytes of the slot that a module needs as a unit."""
     return lay_out([p for p in module.parameters() if id(p) not in anchors and is_streamable(p)], wire)[1]
+
+
+def trained_bytes_of(module: nn.Module, anchors: Container[int], wire: Wire | None = None) -> int:
+    """Bytes of the gradients that a module makes as a unit."""
+    parameters = [p for p in module.parameters() if id(p) not in anchors and is_streamable(p)]
+    return lay_out([p for p in parameters if p.requires_grad], wire)[1]
 
 
 def _derived_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

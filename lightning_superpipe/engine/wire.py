@@ -54,7 +54,7 @@ class Wire:
         return tensor.to(self.dtype_of(tensor))
 
     def inputs(self, values: Any) -> Any:
-        """Cast the floating-point tensors that a module is called with; containers without any are passed on as they are.
+        """Cast the floating-point tensors that a module is called with; containers without any are passed on.
 
         Differentiable, as in the module that it stands for.
         """

@@ -61,6 +61,9 @@ class UpdateStage:
         seed: of those delays.
         masters: runs the parts where parameters have master weights; None where none have.
         in_thread: False: all parts run at once, when the step is asked for.
+
+    Attributes:
+        num_parts: parts of steps that ran in the thread.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class UpdateStage:
         self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
         self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
         self._announced: _Announced | None = None
+        self.num_parts = 0
         settle_before_forks()
 
     # -- whose steps
@@ -134,16 +138,16 @@ class UpdateStage:
             self._masters.refuse_scaled(optimizer, members(optimizer))
         if is_scaled(optimizer):
             return
-        of_units, rest = self._by_unit(members(optimizer))
-        groups = options(optimizer)
+        everything, groups = members(optimizer), options(optimizer)
+        of_units = self._by_unit(everything)
+        started = {id(member.parameter) for index in updated for member in of_units.get(index, [])}
         for unit in self._engine.units_by_need():
             some = of_units.get(unit.index, [])
-            if unit.index in updated:
-                continue
-            if some and self._may_start(optimizer, some):
+            if some and unit.index not in updated and self._may_start(optimizer, some):
                 self._start(unit, optimizer, some, groups, after=Past())
-            else:
-                rest += some
+                started.update(id(member.parameter) for member in some)
+        # In the optimizer's own order: it is that of new states in checkpoints.
+        rest = [member for member in everything if id(member.parameter) not in started]
         (run_for if self._masters is None else self._masters.run_for)(optimizer, rest)
         self._set_aside[optimizer] = optimizer.param_groups
         hooks: Any = optimizer._optimizer_step_post_hooks
@@ -154,14 +158,13 @@ class UpdateStage:
         if (groups := self._set_aside.pop(optimizer, None)) is not None:
             optimizer.param_groups = groups
 
-    def _by_unit(self, all_members: Iterable[Member]) -> tuple[dict[int, list[Member]], list[Member]]:
-        """Return the members of each unit, and those outside units."""
+    def _by_unit(self, everything: Iterable[Member]) -> dict[int, list[Member]]:
+        """Return the members of each unit; those outside units belong to none."""
         of_units: dict[int, list[Member]] = {}
-        rest: list[Member] = []
-        for member in all_members:
-            found = self._engine.catalog.unit_of_host(member.parameter)
-            (rest if found is None else of_units.setdefault(found[0].index, [])).append(member)
-        return of_units, rest
+        for member in everything:
+            if (found := self._engine.catalog.unit_of_host(member.parameter)) is not None:
+                of_units.setdefault(found[0].index, []).append(member)
+        return of_units
 
     def _may_start(self, optimizer: Optimizer, some: Sequence[Member]) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
@@ -176,10 +179,14 @@ class UpdateStage:
     ) -> None:
         """Run a part in the thread, after an event that completes its gradients."""
         delay = self._rng.random() * self._max_delay_ms / 1e3
+        has_gradients = isinstance(after, Past)
         narrow = narrowed if self._masters is None else self._masters.narrowed
-        step = narrow(optimizer, groups, some) if isinstance(after, Past) else None
-        done = HostEvent()
-        pending = unit.pending = Pending(_tensors(optimizer, some), done, unit.note_settled)
+        step = narrow(optimizer, groups, some) if has_gradients else None
+        tensors, done = _tensors(optimizer, some), HostEvent()
+        if not has_gradients:  # what lands still adds to them
+            gradients = {id(member.parameter.grad) for member in some}
+            tensors = [tensor for tensor in tensors if id(tensor) not in gradients]
+        pending = unit.pending = Pending(tensors, done, unit.note_settled)
 
         def update() -> None:
             time.sleep(delay)
@@ -191,6 +198,7 @@ class UpdateStage:
                 if self._engine.lanes.recorder is not None:
                     self._engine.lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
 
+        self.num_parts += 1
         self._lane.submit(update, after=after, done=done)
 
     # -- in backward
@@ -207,7 +215,7 @@ class UpdateStage:
             for parameter in group["params"]
             if parameter.requires_grad or parameter.grad is not None
         ]
-        self._announced = _Announced(optimizer, options(optimizer), self._by_unit(everything)[0])
+        self._announced = _Announced(optimizer, options(optimizer), self._by_unit(everything))
         self._engine.gradients.on_home = self._note_home
 
     def withdraw(self) -> list[str]:

@@ -78,12 +78,7 @@ class Images(nn.Module):
 
 
 class Case:
-    """A module, its batches and its loss.
-
-    Args:
-        make: returns the module, always with the same weights.
-        casts_inside: what to do to the reference copy, where more than the inputs of the root is cast.
-    """
+    """A module, its batches, how it is called and its loss; the same weights and batches each time."""
 
     def __init__(
         self,
@@ -106,8 +101,9 @@ class Case:
         return self._loss(self._call(module, x))
 
 
-def chain_case(num_blocks: int = 4, num_batches: int = 4, **options: float) -> Case:
-    return Case(lambda: chain(num_blocks, **options), lambda: batches(num_batches))
+def chain_case(num_blocks: int = 4, num_batches: int = 4, *, width: int = WIDTH, dropout: float = 0.0) -> Case:
+    """Equal blocks; also where something is asked of one unit among others."""
+    return Case(lambda: chain(num_blocks, width=width, dropout=dropout), lambda: batches(num_batches, width=width))
 
 
 def _tokens() -> list[Tensor]:
