@@ -18,6 +18,8 @@ from lightning_superpipe.engine.choices import make_lanes, memory_need, wire_of
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
+from lightning_superpipe.host_memory import held_bytes, host_need
+from lightning_superpipe.observe.host_bytes import available_bytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
@@ -40,14 +42,22 @@ class Session:
         device: where it computes.
         trains: gradients will come; evaluation needs no room for them.
         owns_root: the root itself is called (not only its parts): each call outside :meth:`step` is a step by itself.
+        optimizers: those that are known already; :meth:`attend` is called with all.
 
     Raises:
         PartitionError, UnsupportedError: the module cannot be streamed, or not as asked.
-        BudgetError: the window does not fit ``device_memory``.
+        BudgetError: the window does not fit ``device_memory``, or the training the host.
     """
 
     def __init__(
-        self, root: nn.Module, config: SuperpipeConfig, device: torch.device, *, trains: bool, owns_root: bool = False
+        self,
+        root: nn.Module,
+        config: SuperpipeConfig,
+        device: torch.device,
+        *,
+        trains: bool,
+        owns_root: bool = False,
+        optimizers: Iterable[Optimizer] = (),
     ) -> None:
         self.config, self.device = config, device
         if config.update == "in_backward" and owns_root:
@@ -65,16 +75,16 @@ class Session:
         asked = 0 if config.resident == "auto" else config.resident
         self.num_resident = choose_residents(asked, self.k, need, budget, need.total(self.k))
         self.units: UnitTable = unit_table(root, found, k=self.k)
-        self._need, self._budget = need, budget
+        self._need, self._budget, self._root = need, budget, root
+        self._optimizers = list(optimizers)
+        self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
         self._tier = HostTier(pin=_may_pin(config, device) and self._wire.dtype is None)
         self._engine = self._make_engine(root, found, owns_root)
         self._updates = self._make_updates()
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
-        self._optimizers: list[Optimizer] = []
         self._whole: set[str] = set()
-        self._root = root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = False
         self._at_step_start = self._last_step = StepCounters()
@@ -96,6 +106,13 @@ class Session:
             root_scope=self._call_scope if owns_root else None,
             wire=self._wire,
         )
+
+    def _require_host(self) -> None:
+        """Raise if the host cannot hold what is known of this training."""
+        with_masters = self.config.master_weights is not None
+        need = host_need(self._root, self._optimizers, self._need, self._wire, with_masters=with_masters)
+        limit = self.config.host_memory if isinstance(self.config.host_memory, int) else None
+        need.check(available=available_bytes(), limit=limit)
 
     def _make_updates(self) -> UpdateStage | None:
         """The stage that splits optimizer steps; None where they stay whole."""
@@ -234,6 +251,7 @@ class Session:
             for optimizer in optimizers
             if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
         ]
+        self._require_host()
         whole = [] if self._updates is None else self._updates.attend(self._optimizers)
         for name in set(whole) - self._whole:
             warnings.warn(
@@ -301,6 +319,7 @@ class Session:
             slots = num_slots * self._need.slot_bytes
             peak = peak._replace(slots=slots, anchors=static - slots)
         weights, gradients, states = self._training_state()
+        scratch = 0 if self._masters is None else self._masters.scratch_bytes
         return Report(
             k=self.k,
             k_prime=self.k_prime,
@@ -309,7 +328,8 @@ class Session:
             num_steps=self._num_steps,
             peak=peak,
             resident_bytes=weights + gradients + states,
-            host_bytes=weights + gradients + states,
+            num_parameters=sum(p.numel() for p in self._root.parameters() if not nn.parameter.is_lazy(p)),
+            host=held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch),
             last_step=self._last_step,
             total=self._counters(),
             device=str(self.device),

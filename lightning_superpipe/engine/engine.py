@@ -108,7 +108,7 @@ class Engine:
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * trained, pin=pin)
         self.saved = SavedTensors(self)
         self.outside = Outside(self.wire, self.anchors, self.catalog, self.residency, self.saved, self.recover)
-        self._installation = Installation(self, root, tier, root_scope=root_scope)
+        self._installation = Installation(self, root, tier.part("weights"), root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
         label = Label("G", unit.index, unit.name)

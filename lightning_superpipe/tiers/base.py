@@ -56,5 +56,9 @@ class Tier(ABC):
         """Bytes of the slabs handed out, those of its parts included."""
 
     @abstractmethod
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of its slabs, those of its parts included."""
+
+    @abstractmethod
     def close(self) -> None:
         """Close every slab."""

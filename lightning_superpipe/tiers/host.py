@@ -63,6 +63,13 @@ class HostTier(Tier):
     def allocated_bytes(self) -> int:
         return sum(slab.num_bytes for slab in self._slabs) + sum(part.allocated_bytes for part in self._parts.values())
 
+    def holds(self, tensor: Tensor) -> bool:
+        address = tensor.data_ptr()
+        starts = ((slab.bytes.data_ptr(), slab.num_bytes) for slab in self._slabs)
+        return any(0 <= address - start < size for start, size in starts) or any(
+            part.holds(tensor) for part in self._parts.values()
+        )
+
     def allocate(self, num_bytes: int) -> HostSlab:
         try:
             slab = HostSlab(num_bytes, pin=self._pin)
