@@ -84,7 +84,7 @@ def wired(case: Case, dtype: torch.dtype, *, device: str = "cpu", plan: Plan = P
             for mine, master in pairs:
                 mine.copy_(master)
         loss = case.loss(work, x.to(device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss / plan.accumulate).backward()  # type: ignore[no-untyped-call]
         for mine, master in pairs:
             if mine.grad is not None:
                 gradient, mine.grad = mine.grad.to("cpu").float(), None
@@ -119,7 +119,7 @@ def mastered(case: Case, *, device: str = "cpu", plan: Plan = PLAIN, resume: Out
     torch.manual_seed(SEED)
     for index, x in enumerate(case.inputs()):
         loss = case.loss(work, x.to(device, torch.bfloat16) if x.is_floating_point() else x.to(device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss / plan.accumulate).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.item())
         if (index + 1) % plan.accumulate:
             continue
@@ -162,7 +162,7 @@ def streamed(
             loss = case.loss(
                 module, x.to(device, torch.bfloat16) if x.is_floating_point() and is_half else x.to(device)
             )
-            loss.backward()  # type: ignore[no-untyped-call]
+            (loss / plan.accumulate).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.item())
             if _finish_step(optimizer, parameters, index, plan):
                 optimizer.zero_grad()
