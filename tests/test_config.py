@@ -60,7 +60,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"adversary": True}, "adversary=True", "poison"),
     ({"kprime": 2}, "'kprime'", "did you mean 'k_prime'"),
     ({"device_mem": 2}, "'device_mem'", "did you mean 'device_memory'"),
-    ({"K": 2}, "'K'", "known options: k, k_prime, device_memory"),
+    ({"K": 2}, "'K'", "known options: k, k_prime, "),
 ]
 
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.casting import add_into, cast_into
 from lightning_superpipe.engine.host_lane import HostLane, Past
-from lightning_superpipe.engine.landings import Landing, Landings
+from lightning_superpipe.engine.landings import Landings
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, now
 from lightning_superpipe.engine.slots import storage_use_count
 from lightning_superpipe.engine.unit import lay_out
@@ -33,12 +34,12 @@ class _Shipment(NamedTuple):
     parameter: nn.Parameter
     gradient: Tensor
     home: Tensor | None = None
-    landing: Landing | None = None
+    landing: Tensor | None = None
 
     @property
     def target(self) -> Tensor:
         if self.landing is not None:
-            return self.landing.tensor
+            return self.landing
         assert self.home is not None, "a gradient goes somewhere"
         return self.home
 
@@ -218,6 +219,12 @@ class _Homes:
     def claim(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
         """Memory for a parameter's gradient, shaped as the gradient; its contents are stale."""
         key, like = id(parameter), _in_dtype_of(parameter, gradient)
+        if key in self._homes and self._fits(self._homes[key], like):
+            return self._homes[key].tensor
+        with raw_tensors():  # backward may run under somebody's modes
+            return self._make(key, parameter, like)
+
+    def _make(self, key: int, parameter: nn.Parameter, like: Tensor) -> Tensor:
         if key not in self._homes:
             self._allocate([p for p in self._group_of.get(key, [parameter]) if p.requires_grad] or [parameter])
         if not self._fits(self._homes[key], like):

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from lightning_superpipe.tiers import Slab, Tier
+from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.tiers import Tier
 
-__all__ = ["Landing", "Landings"]
+__all__ = ["Landings"]
 
-
-class Landing(NamedTuple):
-    """Memory in which a gradient lands, shaped as the gradient."""
-
-    slab: Slab
-    tensor: Tensor
+_Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 class Landings:
-    """Exact-size memory for gradients that are cast or added once they have landed; as much as was ever in flight."""
+    """Exact-size memory, used again: of each layout as much as was ever on its way together."""
 
     def __init__(self, tier: Tier) -> None:
         self._tier = tier
-        self._free: defaultdict[int, list[Slab]] = defaultdict(list)
+        self._free: defaultdict[_Layout, list[Tensor]] = defaultdict(list)
 
-    def take(self, gradient: Tensor) -> Landing:
-        """Return memory for one gradient; its contents are stale."""
+    def take(self, gradient: Tensor) -> Tensor:
+        """Return memory shaped as a gradient; its contents are stale."""
         try:
-            slab = self._free[gradient.nbytes].pop()
+            return self._free[_layout(gradient)].pop()
         except IndexError:
-            slab = self._tier.allocate(gradient.nbytes)
-        return Landing(slab, slab.carve(0, gradient))
+            with raw_tensors():  # backward may run under somebody's modes
+                return self._tier.allocate(gradient.nbytes).carve(0, gradient)
 
-    def give_back(self, landing: Landing) -> None:
+    def give_back(self, landing: Tensor) -> None:
         """Nobody reads the memory any more."""
-        self._free[landing.slab.num_bytes].append(landing.slab)
+        self._free[_layout(landing)].append(landing)
 
     def clear(self) -> None:
         self._free.clear()
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return tensor.size(), tensor.stride(), tensor.dtype
