@@ -132,8 +132,10 @@ class Residency:
             unit.settle()  # the version says whether graphs may go on
             if unit.parameters[index]._version != unit.host_versions[index]:
                 torch.autograd.graph.increment_version(unit.twin(index))
-        sources = [parameter.data for parameter in unit.parameters] if staged is None else staged.views
-        return [Copy(unit.twin(index).data, sources[index]) for index in sorted(unit.has_own_storage)]
+        return [
+            Copy(unit.twin(index).data, unit.parameters[index].data if staged is None else staged.views[index])
+            for index in sorted(unit.has_own_storage)
+        ]
 
     def _move_twins(self, unit: Unit, slot: Slot) -> None:
         if (previous := self._last_slot.get(unit.index)) is not None:
