@@ -10,8 +10,10 @@ optimizer is split by unit, and the parts run in a thread of their own: as soon 
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,8 +50,38 @@ class _Announced:
     optimizer: Optimizer
     groups: list[dict[str, Any]]
     members: dict[int, list[Member]]
-    home: dict[int, set[int]] = field(default_factory=dict)
-    updated: set[int] = field(default_factory=set)
+    home: dict[int, Counter[int]] = field(default_factory=dict)
+    updated: dict[int, _Part] = field(default_factory=dict)
+
+
+class _Part:
+    """The part of a step that belongs to one unit; its gradients may still be on their way when it is made."""
+
+    def __init__(self, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]) -> None:
+        self._optimizer, self._groups, self._some = optimizer, groups, some
+        self._step: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+
+    def tensors(self) -> list[Tensor]:
+        """All that the part reads or writes, but for the gradients."""
+        states = (self._optimizer.state.get(parameter, {}).values() for _, parameter in self._some)
+        values = [value for state in states for value in state if isinstance(value, Tensor)]
+        return list({id(tensor): tensor for tensor in [*(m.parameter for m in self._some), *values]}.values())
+
+    def gradients(self) -> list[Tensor | None]:
+        return [member.parameter.grad for member in self._some]
+
+    def take_gradients(self, pending: Pending) -> None:
+        """The gradients are complete: they are the part's from now on, whatever becomes of ``p.grad``."""
+        with self._lock, unfenced():
+            if self._step is None:
+                pending.hold(self.gradients())
+                self._step = narrowed(self._optimizer, self._groups, self._some)
+
+    def run(self, pending: Pending) -> None:
+        self.take_gradients(pending)
+        assert self._step is not None
+        self._step()
 
 
 class UpdateStage:
@@ -70,6 +102,7 @@ class UpdateStage:
         self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
         self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
         self._announced: _Announced | None = None
+        self._once: set[int] = set()
         self.num_parts = 0
         settle_before_forks()
 
@@ -115,8 +148,7 @@ class UpdateStage:
 
     def _take_over(self, optimizer: Optimizer) -> None:
         """Start the parts of a step, and leave nothing to the optimizer itself."""
-        announced, self._announced = self._announced, None
-        updated = announced.updated if announced is not None and announced.optimizer is optimizer else set[int]()
+        updated = self._end_announced(optimizer)
         for unit in self._units_of(optimizer):
             if unit.index not in updated:
                 unit.settle()
@@ -128,7 +160,7 @@ class UpdateStage:
         for unit in self._engine.units_by_need():
             some = of_units.get(unit.index, [])
             if some and unit.index not in updated and self._may_start(optimizer, some):
-                self._start(unit, optimizer, some, groups, after=Past())
+                self._start(unit, _Part(optimizer, groups, some), after=Past())
                 started.update(id(member.parameter) for member in some)
         # In the optimizer's own order: it is that of new states in checkpoints.
         run_for(optimizer, [member for member in everything if id(member.parameter) not in started])
@@ -151,30 +183,25 @@ class UpdateStage:
 
     def _may_start(self, optimizer: Optimizer, some: Sequence[Member]) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
-        return all(keeps_state(optimizer, member) for member in some) and may_be_held(_tensors(optimizer, some))
+        if not all(keeps_state(optimizer, member) for member in some):
+            return False
+        part = _Part(optimizer, [], some)
+        return may_be_held([*part.tensors(), *(gradient for gradient in part.gradients() if gradient is not None)])
 
-    def _start(
-        self, unit: Unit, optimizer: Optimizer, some: Sequence[Member], groups: list[dict[str, Any]], *, after: Event
-    ) -> None:
+    def _start(self, unit: Unit, part: _Part, *, after: Event) -> None:
         """Run a part in the thread, after an event that completes its gradients."""
-        delay = self._rng.random() * self._max_delay_ms / 1e3
-        has_gradients = isinstance(after, Past)
-        step = narrowed(optimizer, groups, some) if has_gradients else None
-        tensors, done = _tensors(optimizer, some), HostEvent()
-        if not has_gradients:  # what lands still adds to them
-            gradients = {id(member.parameter.grad) for member in some}
-            tensors = [tensor for tensor in tensors if id(tensor) not in gradients]
-        pending = unit.pending = Pending(tensors, done, unit.note_settled)
+        delay, lanes, done = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes, HostEvent()
+        pending = unit.pending = Pending(part.tensors(), done, unit.note_settled)
+        if isinstance(after, Past):
+            part.take_gradients(pending)
 
         def update() -> None:
             time.sleep(delay)
             with unfenced(), torch.no_grad():
                 start = now()
-                if step is None:  # gradients have landed just now
-                    pending.hold(member.parameter.grad for member in some)
-                (step or narrowed(optimizer, groups, some))()
-                if self._engine.lanes.recorder is not None:
-                    self._engine.lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
+                part.run(pending)
+                if lanes.recorder is not None:
+                    lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
 
         self.num_parts += 1
         self._lane.submit(update, after=after, done=done)
@@ -198,9 +225,23 @@ class UpdateStage:
 
     def withdraw(self) -> list[str]:
         """No step follows any more; return the names of units that have been updated all the same."""
+        updated = self._end_announced()
+        for index in updated:
+            self._engine.units[index].settle()
+        return [self._engine.units[index].name for index in sorted(updated)]
+
+    def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, _Part]:
+        """The backward pass is over, and with it the gradients are complete; return what has been updated."""
         announced, self._announced = self._announced, None
         self._engine.gradients.on_home = None
-        return [self._engine.units[index].name for index in sorted(announced.updated)] if announced is not None else []
+        if announced is not None:
+            self._once = {index for index, home in announced.home.items() if max(home.values()) == 1}
+        if announced is None or optimizer not in (None, announced.optimizer):
+            return {}
+        for index, part in announced.updated.items():
+            if (pending := self._engine.units[index].pending) is not None and optimizer is not None:
+                part.take_gradients(pending)
+        return announced.updated
 
     def _note_home(self, index: int, parameters: Iterable[nn.Parameter], landed: Event) -> None:
         """Gradients of a unit are on their way home and complete once ``landed`` has passed."""
@@ -213,11 +254,19 @@ class UpdateStage:
                 f"unit {unit.name!r} got gradients twice before one step, but was updated after the first: use "
                 "update='after_backward'."
             )
-        home = announced.home.setdefault(index, set())
+        home = announced.home.setdefault(index, Counter())
         home.update(id(parameter) for parameter in parameters)
-        if home.issuperset(id(member.parameter) for member in some) and self._may_start(announced.optimizer, some):
-            announced.updated.add(index)
-            self._start(unit, announced.optimizer, some, announced.groups, after=landed)
+        is_complete = all(id(member.parameter) in home for member in some) and self._comes_once(index)
+        if is_complete and self._may_start(announced.optimizer, some):
+            part = announced.updated[index] = _Part(announced.optimizer, announced.groups, some)
+            self._start(unit, part, after=landed)
+
+    def _comes_once(self, index: int) -> bool:
+        """Whether a unit's gradients come once in this backward pass.
+
+        Reentrant checkpointing brings those of a unit that is used several times one by one.
+        """
+        return index in self._once and self._engine.follower.num_forwards(index) == 1
 
     def close(self) -> None:
         """Finish what is under way, and leave the optimizers as they were."""
@@ -231,14 +280,3 @@ class UpdateStage:
                 unit.settle()
         finally:
             self._lane.close()
-
-
-def _tensors(optimizer: Optimizer, some: Iterable[Member]) -> list[Tensor]:
-    """All that a part reads or writes."""
-    found: dict[int, Tensor] = {}
-    for _, parameter in some:
-        state = optimizer.state.get(parameter, {})
-        for value in (parameter, parameter.grad, *state.values()):
-            if isinstance(value, Tensor):
-                found[id(value)] = value
-    return list(found.values())
