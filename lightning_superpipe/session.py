@@ -50,7 +50,7 @@ class Session:
     def __init__(
         self, root: nn.Module, config: SuperpipeConfig, device: torch.device, *, trains: bool, owns_root: bool = False
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.trains = config, device, trains
         found = partition(root, config.units)
         need = _memory_need(root, found, trains=trains)
         budget = config.device_memory if isinstance(config.device_memory, int) else None
