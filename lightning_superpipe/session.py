@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Session:
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
         self._optimizers: list[Optimizer] = []
-        self._root = root
+        self._root, self._owns_root = root, owns_root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = False
         self._at_step_start = self._last_step = StepCounters()
@@ -87,14 +88,15 @@ class Session:
     # -- steps
 
     @contextlib.contextmanager
-    def _call_scope(self, kind: str) -> Iterator[None]:
+    def _call_scope(self, kind: str) -> Iterator[Callable[[Any], None] | None]:
         """Scope of one call of the root by a loop that opens no steps; the calls inside a ``generate`` share one."""
         if self._is_in_scope:
-            yield
+            yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
         with self.step(mode):
-            yield
+            is_followed = mode == TRAIN and self._is_counted()  # nobody tells us when backward begins
+            yield partial(self._meter.follow, since=torch.autograd._get_sequence_nr()) if is_followed else None  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
@@ -234,6 +236,7 @@ class Session:
             total=self._counters(),
             device=str(self.device),
             emulated=self.is_emulated,
+            sees_loop=self._meter.sees_all or not self._owns_root,
             unit_overhead_us=self._engine.overhead_us(),
         )
 
