@@ -18,6 +18,7 @@ from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.lanes import Lanes, StreamLanes
+from lightning_superpipe.engine.swap import owner_of
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.engine.unit import slot_bytes_of
 from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
@@ -44,7 +45,7 @@ class Session:
         owns_root: the root itself is called (not only its parts): each call outside :meth:`step` is a step by itself.
 
     Raises:
-        PartitionError, UnsupportedError: the module cannot be streamed, or not as asked.
+        PartitionError, UnsupportedError: the module cannot be streamed, or not as asked, or streams already.
         BudgetError: the window does not fit ``device_memory``.
     """
 
@@ -52,6 +53,7 @@ class Session:
         self, root: nn.Module, config: SuperpipeConfig, device: torch.device, *, trains: bool, owns_root: bool = False
     ) -> None:
         self.config, self.device, self.trains = config, device, trains
+        _refuse_streamed(root)
         found = partition(root, config.units)
         need = _memory_need(root, found, trains=trains)
         budget = config.device_memory if isinstance(config.device_memory, int) else None
@@ -263,6 +265,17 @@ class Session:
             value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state)
         )
         return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
+
+
+def _refuse_streamed(root: nn.Module) -> None:
+    """Two engines would bind the same modules, each over the other's copies."""
+    name = next((name for name, module in root.named_modules() if owner_of(module) is not None), None)
+    if name is not None:
+        part = f"its part {name!r}" if name else f"this {type(root).__name__}"
+        raise UnsupportedError(
+            f"the model streams already ({part}): end that first, by pipe.close(), accelerator.free_memory(), "
+            "fabric.strategy.teardown() or the end of the Trainer's run."
+        )
 
 
 def _memory_need(root: nn.Module, found: Partition, *, trains: bool) -> MemoryNeed:

@@ -25,6 +25,7 @@ from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsel
 __all__ = ["SuperpipeAccelerator", "config_of", "enable"]
 
 _ADVICE = Advice("save_state(output_dir)", "fewer registered objects")
+_PLUGINS = ("deepspeed_plugin", "deepspeed_plugins", "fsdp_plugin", "megatron_lm_plugin")
 _NUMBERED = re.compile(r"checkpoint_(\d+)")
 _WRITTEN = re.compile(  # by save_state; what an earlier one left of these would mix with the new
     r"(model|pytorch_model)(_\d+)?\.(safetensors|bin)|(optimizer|scheduler|sampler|dl_state_dict)(_\d+)?\.bin"
@@ -55,6 +56,11 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
 
     def __init__(self, *, superpipe: SuperpipeConfig | Mapping[str, Any] | None = None, **arguments: Any) -> None:
         config = config_of(superpipe)
+        if plugins := [name for name in _PLUGINS if arguments.get(name) is not None]:
+            raise UnsupportedError(  # Accelerate drops them without a word where there is one process
+                f"{plugins[0]} shards the model over processes; superpipe streams it through one device instead: "
+                f"leave {plugins[0]} out."
+            )
         super().__init__(**arguments)
         _take_over(self, config)
 
