@@ -1,5 +1,6 @@
 """How much host memory it takes to load, train, save, resume and export a large model, against the ordinary run.
 
+Through Lightning's Trainer, a loop with Accelerate, and the Trainer of transformers (``--fronts``).
 Every stage runs in a process of its own; the kernel's counter of the largest resident set is set back before what is
 measured. Pages of mapped files count there as well, though the kernel takes them back when memory is short, so the
 process's own memory (anonymous pages) is sampled beside it. Linux only.
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import warnings
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +132,13 @@ def save(rows: list[dict[str, Any]], size: int, options: argparse.Namespace) -> 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{platform.machine()}-{naturalsize(size, binary=True).replace(' ', '')}-{date.today()}.json"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    place = ["--folder", str(options.folder)]  # is this machine's business
+    command = ["python", "experiments/03_big_models/bench.py", *(word for word in sys.argv[1:] if word not in place)]
     result = {
-        "command": " ".join(["python", "experiments/03_big_models/bench.py", *sys.argv[1:]]),
+        "command": " ".join(command),
         "machine": {"cores": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()},
-        "versions": software_versions(),
+        "versions": software_versions()
+        | {name: version(name) for name in ("accelerate", "safetensors", "transformers")},
         "model_bytes": size,
         "rows": rows,
     }

@@ -155,6 +155,19 @@ def test_a_failed_save_keeps_the_old_state_and_says_what_to_do(
     assert os.listdir(tmp_path) == ["state"] and loads(tmp_path / "state", before)
 
 
+def test_a_state_is_read_while_the_next_one_is_saved(tmp_path: Path) -> None:
+    """What is being written is not taken for what a kill left."""
+    accelerator, model, optimizer = prepared()
+    accelerator.save_state(tmp_path / "state")
+    before, found = numbers(model, optimizer), []
+    optimizer.step()
+    hook = lambda *_: found.append(loads(tmp_path / "state", before, SuperpipeAccelerator))  # noqa: E731
+    accelerator.register_save_state_pre_hook(hook)
+    accelerator.save_state(tmp_path / "state")
+    assert found == [True] and loads(tmp_path / "state", numbers(model, optimizer))
+    assert os.listdir(tmp_path) == ["state"]
+
+
 def test_the_root_of_a_disk_is_refused() -> None:
     accelerator, *_ = prepared()
     with pytest.raises(SuperpipeError, match=r"'/' is the root of a disk.*a folder in it"):

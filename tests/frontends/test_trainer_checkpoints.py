@@ -142,6 +142,22 @@ def test_a_failed_save_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.
     assert written(tmp_path) == before
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_is_named_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def refuses(self: Path, target: Any) -> Any:
+        if Path(target).parent.name == "old":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuses)
+    with pytest.warns(SuperpipeWarning, match=r"checkpoint-1' could not be deleted.*by hand"):
+        make(SuperpipeTrainer, tmp_path, max_steps=2, save_total_limit=1).train()
+    assert {each.name for each in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-2"}
+
+
 def test_a_run_again_in_the_same_folder_keeps_notes_and_mixes_nothing(tmp_path: Path) -> None:
     make(SuperpipeTrainer, tmp_path, max_steps=1).train()
     (tmp_path / "checkpoint-1" / "notes.txt").write_text("mine")
