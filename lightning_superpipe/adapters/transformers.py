@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
-from transformers.trainer_utils import SaveStrategy, sort_checkpoints
+from transformers import Trainer, trainer_utils
 
 from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, config_of, enable
 from lightning_superpipe.adapters.checkpoint import own_memory, reading_pages
@@ -132,7 +131,7 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
         """Say where the best checkpoint is: the Trainer has looked for it beside the draft."""
         best = f"checkpoint-{self.state.best_global_step}"
         is_there = best == name or (folder / best).exists()
-        if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step and is_there:
+        if self.args.save_strategy != trainer_utils.SaveStrategy.NO and self.state.best_global_step and is_there:
             self.state.best_model_checkpoint = str(folder / best)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -144,7 +143,7 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
         limit = self.args.save_total_limit
         if not limit or limit < 0:
             return
-        found = sort_checkpoints(str(folder), use_mtime=True)
+        found = trainer_utils.sort_checkpoints(str(folder), use_mtime=True)
         kept = {found[-1], str(Path(self.state.best_model_checkpoint or found[-1]))}
         doomed = [each for each in found if each not in kept]
         for each in doomed[: max(0, len(found) - max(limit, len(kept)))]:
@@ -153,7 +152,7 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
     def _finalize_training(self, trial: Any, *arguments: Any, **options: Any) -> Any:
         if self.args.should_save and self.args.save_total_limit == 1 and self.state.best_model_checkpoint is not None:
             folder, best = Path(self._get_output_dir(trial)), Path(self.state.best_model_checkpoint).resolve()
-            for each in sort_checkpoints(str(folder)):  # as the Trainer does now, file by file
+            for each in trainer_utils.sort_checkpoints(str(folder)):  # as the Trainer does now, file by file
                 if Path(each).resolve() != best:
                     _shelter_of(folder).discard(Path(each).name)
         return super()._finalize_training(trial, *arguments, **options)
@@ -193,7 +192,7 @@ def _last_complete(folder: Path) -> str | None:
     Raises:
         SuperpipeError: there are some, all incomplete.
     """
-    found = sort_checkpoints(str(folder))
+    found = trainer_utils.sort_checkpoints(str(folder))
     incomplete: list[str] = []
     while found and not _is_complete(Path(found[-1])):
         incomplete.append(Path(found.pop()).name)
@@ -223,5 +222,5 @@ _missing = [name for name in _SEAMS if not hasattr(Trainer, name)]
 if _missing:
     raise ImportError(
         f"this version of transformers has no Trainer.{_missing[0]}, which superpipe overrides: "
-        "install transformers>=5,<6."
+        "install transformers>=5.3,<6."
     )
