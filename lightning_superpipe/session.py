@@ -135,7 +135,9 @@ class Session:
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
-        self._engine.on_boundary = self._meter.sample if self._is_counted() else None
+        is_counted = self._is_counted()
+        self._engine.on_boundary = self._meter.sample if is_counted else None
+        self._engine.gradients.on_handed_over = self._meter.leave_out if is_counted else None
 
     def _finish_step(self) -> None:
         """Close the books of the training step before, if one is open."""

@@ -38,6 +38,9 @@ class GradientReturn:
         limit_bytes: gradients waiting on the device for their copy; above it backward waits for the oldest.
         tier: gives the host memory that gradients live in.
         pin: page-lock the staging memory of gradients that add to existing ones.
+
+    Attributes:
+        on_handed_over: called with each gradient that came home without a copy, for those who measure.
     """
 
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
@@ -50,6 +53,8 @@ class GradientReturn:
         self._shipped: set[int] = set()
         self._batch: list[_Shipment] = []
         self._batch_label: Label | None = None
+        self._handed_over: list[nn.Parameter] = []
+        self.on_handed_over: Callable[[Tensor], None] | None = None
         self.in_flight_bytes = 0
         self.peak_in_flight_bytes = 0
 
@@ -89,6 +94,7 @@ class GradientReturn:
         if self._lanes.shares_memory:
             self._lanes.hand_over(self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
+            self._tell_handed_over()
             return
         copies = [Copy(shipment.landing, shipment.gradient) for shipment in batch]
         done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=label)
@@ -114,6 +120,14 @@ class GradientReturn:
         accumulate(parameter, gradient)
         self._batch_label = label
         self._count(gradient.nbytes)
+        if self.on_handed_over is not None:
+            self._handed_over.append(parameter)
+
+    def _tell_handed_over(self) -> None:
+        for parameter in self._handed_over:
+            if self.on_handed_over is not None and parameter.grad is not None:
+                self.on_handed_over(parameter.grad)
+        self._handed_over.clear()
 
     def _publish(self, batch: Sequence[_Shipment], label: Label) -> None:
         start = now()
@@ -150,6 +164,7 @@ class GradientReturn:
         self.flush()
         self._host.close()
         self._homes.clear()
+        self._handed_over.clear()
 
 
 class _Home(NamedTuple):

@@ -85,7 +85,6 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._lock:
             self._bury()
             for storage in _storages(tensor):
-                self.exclude.add(storage.data_ptr())
                 self._current -= self._sizes.pop(_key(storage), 0)
 
     def follow(self, outputs: Any, since: int) -> None:

@@ -58,6 +58,11 @@ class Meter:
         if self._live is not None:
             self._live.follow(outputs, since)
 
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """A tensor has become the host's, in the same memory: it is no longer the device's."""
+        if self._live is not None:
+            self._live.leave_out(tensor)
+
     def sample(self) -> None:
         """Look at the memory now."""
         slots, anchors = self._static()

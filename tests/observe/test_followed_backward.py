@@ -137,8 +137,6 @@ def test_loops_report_the_peak_that_lightning_reports() -> None:
         loop(pipe.model, Tensor.backward)
     expected, found = strategy.report(), pipe.report()
     assert abs(accelerator.report().peak.total - found.peak.total) <= 4  # the loss, which Accelerate divides
-    held = BATCH * CONTEXT * 8  # the batch, and what Lightning keeps of the step before: gradients on the host
-    gradients = sum(weight.nbytes for weight in pipe.model.parameters())
-    assert expected.peak.total - gradients - held <= found.peak.total <= expected.peak.total
+    assert 0 <= expected.peak.total - found.peak.total <= 2 * BATCH * CONTEXT * 8, "what holds the batch, in Lightning"
     assert expected.sees_loop and "outside the model" not in str(expected)
     assert not found.sees_loop and "outside the model" in str(found)
