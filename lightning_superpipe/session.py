@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.lanes import Lanes
 from lightning_superpipe.engine.stream_lanes import StreamLanes
+from lightning_superpipe.engine.swap import owner_of
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.engine.unit import slot_bytes_of, trained_bytes_of
 from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
@@ -45,14 +47,15 @@ class Session:
         owns_root: the root itself is called (not only its parts): each call outside :meth:`step` is a step by itself.
 
     Raises:
-        PartitionError, UnsupportedError: the module cannot be streamed, or not as asked.
+        PartitionError, UnsupportedError: the module cannot be streamed, or not as asked, or streams already.
         BudgetError: the window does not fit ``device_memory``.
     """
 
     def __init__(
         self, root: nn.Module, config: SuperpipeConfig, device: torch.device, *, trains: bool, owns_root: bool = False
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.trains = config, device, trains
+        _refuse_streamed(root)
         if config.update == "in_backward" and owns_root:
             raise UnsupportedError(
                 "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
@@ -75,7 +78,7 @@ class Session:
         self._backward_scope = contextlib.ExitStack()
         self._optimizers: list[Optimizer] = []
         self._whole: set[str] = set()
-        self._root = root
+        self._root, self._owns_root = root, owns_root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = False
         self._at_step_start = self._last_step = StepCounters()
@@ -112,14 +115,15 @@ class Session:
     # -- steps
 
     @contextlib.contextmanager
-    def _call_scope(self, kind: str) -> Iterator[None]:
+    def _call_scope(self, kind: str) -> Iterator[Callable[[Any], None] | None]:
         """Scope of one call of the root by a loop that opens no steps; the calls inside a ``generate`` share one."""
         if self._is_in_scope:
-            yield
+            yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
         with self.step(mode):
-            yield
+            is_followed = mode == TRAIN and self._is_counted()  # nobody tells us when backward begins
+            yield partial(self._meter.follow, since=torch.autograd._get_sequence_nr()) if is_followed else None  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
@@ -158,7 +162,9 @@ class Session:
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
-        self._engine.on_boundary = self._meter.sample if self._is_counted() else None
+        is_counted = self._is_counted()
+        self._engine.on_boundary = self._meter.sample if is_counted else None
+        self._engine.gradients.on_handed_over = self._meter.leave_out if is_counted else None
 
     def _use_spare_memory(self) -> None:
         """Let units stay in what the first steps left of the budget."""
@@ -310,6 +316,7 @@ class Session:
             total=self._counters(),
             device=str(self.device),
             emulated=self.is_emulated,
+            sees_loop=self._meter.sees_all or not self._owns_root,
             unit_overhead_us=self._engine.overhead_us(),
         )
 
@@ -336,6 +343,17 @@ class Session:
             value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state)
         )
         return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
+
+
+def _refuse_streamed(root: nn.Module) -> None:
+    """Two engines would bind the same modules, each over the other's copies."""
+    name = next((name for name, module in root.named_modules() if owner_of(module) is not None), None)
+    if name is not None:
+        part = f"its part {name!r}" if name else f"this {type(root).__name__}"
+        raise UnsupportedError(
+            f"the model streams already ({part}): end that first, by pipe.close(), accelerator.free_memory(), "
+            "fabric.strategy.teardown() or the end of the Trainer's run."
+        )
 
 
 def _memory_need(root: nn.Module, found: Partition, *, trains: bool) -> MemoryNeed:

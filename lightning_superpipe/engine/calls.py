@@ -25,7 +25,7 @@ __all__ = ["OuterOwner", "RootOwner", "UnitOwner"]
 Forward = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-RootScope = Callable[[str], AbstractContextManager[None]]
+RootScope = Callable[[str], AbstractContextManager[Callable[[Any], None] | None]]
 
 
 class _EngineOwner:
@@ -149,7 +149,8 @@ class RootOwner(_EngineOwner):
 
     Args:
         inner: the owner that the root has besides, if any.
-        scope: opens the scope of a step of some kind, ``"call"`` or ``"generate"``; does nothing inside another.
+        scope: opens the scope of a step of some kind, ``"call"`` or ``"generate"``; does nothing inside another. What
+            it gives, if anything, is told the output of a call.
     """
 
     def __init__(self, engine: Engine, module: nn.Module, inner: Owner | None, scope: RootScope) -> None:
@@ -164,8 +165,11 @@ class RootOwner(_EngineOwner):
         is_recomputed = graph_task_id() != -1
         if is_tracing() or is_recomputed:
             return self._call_inner(module, forward, args, kwargs)
-        with self._scope("call"):
-            return self._call_inner(module, forward, args, kwargs)
+        with self._scope("call") as tell:
+            output = self._call_inner(module, forward, args, kwargs)
+            if tell is not None:
+                tell(output)
+            return output
 
     def generate(self, generate: Forward, args: Args, kwargs: Kwargs) -> Any:
         """Run the module's own ``generate``: all its forward passes belong to one step."""

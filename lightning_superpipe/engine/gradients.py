@@ -39,6 +39,9 @@ class GradientReturn:
         limit_bytes: gradients waiting on the device for their copy; above it backward waits for the oldest.
         tier: gives the host memory that gradients live in.
         pin: page-lock the staging memory of gradients that add to existing ones.
+
+    Attributes:
+        on_handed_over: called with each gradient that came home without a copy, for those who measure.
     """
 
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
@@ -51,6 +54,7 @@ class GradientReturn:
         self._shipped: set[int] = set()
         self._batch: list[_Shipment] = []
         self._batch_label: Label | None = None
+        self.on_handed_over: Callable[[Tensor], None] | None = None
         self.in_flight_bytes = 0
         self.peak_in_flight_bytes = 0
         self.on_home: Callable[[int, list[nn.Parameter], Event], None] | None = None
@@ -92,6 +96,7 @@ class GradientReturn:
         if self._lanes.shares_memory:
             self._lanes.hand_over(self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
+            self._tell_handed_over(parameters)
             self._tell(label, parameters, Past())
             return
         copies = [Copy(shipment.landing, shipment.gradient) for shipment in batch]
@@ -125,6 +130,11 @@ class GradientReturn:
         self._batch_label = label
         self._batch.append(_Shipment(parameter, gradient, gradient))
         self._count(gradient.nbytes)
+
+    def _tell_handed_over(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if self.on_handed_over is not None and parameter.grad is not None:
+                self.on_handed_over(parameter.grad)
 
     def _publish(self, batch: Sequence[_Shipment], label: Label) -> None:
         start = now()
