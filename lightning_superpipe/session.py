@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
@@ -72,6 +73,7 @@ class Session:
 
     def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
         hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
+        names = [unit.name for unit in found.units]
         window = Window(self.k, self.k_prime, hostile.poison, hostile.seed if hostile.shuffle_slots else None)
         return Engine(
             root,
@@ -82,6 +84,8 @@ class Session:
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
+            choices=choose_policies(self.config.activations, names, micro_batches=self.config.micro_batches),
+            micro_batches=self.config.micro_batches,
         )
 
     # -- steps

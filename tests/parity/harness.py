@@ -59,15 +59,24 @@ MARKS: dict[Device, list[pytest.MarkDecorator]] = {"cpu": [], "emu": [pytest.mar
 
 
 class Window(NamedTuple):
-    """How a candidate streams: ``k`` units on the device, ``k_prime`` per transfer, copies up to so many ms late."""
+    """How a candidate streams.
+
+    Attributes:
+        k: units on the device.
+        k_prime: units per transfer.
+        max_delay_ms: copies start up to this much later.
+        activations: policy for all units.
+    """
 
     k: int
     k_prime: int
     max_delay_ms: float = 0.0
+    activations: str = "keep"
 
     def __str__(self) -> str:
         delay = f"-late{self.max_delay_ms:g}ms" if self.max_delay_ms else ""
-        return f"k{'all' if self.k == ALL_UNITS else self.k}-kp{self.k_prime}{delay}"
+        policy = f"-{self.activations}" if self.activations != "keep" else ""
+        return f"k{'all' if self.k == ALL_UNITS else self.k}-kp{self.k_prime}{delay}{policy}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,9 @@ def streamed(window: Window, seed: int = 0) -> Strategy:
     from lightning_superpipe.config import Adversary
 
     adversary = Adversary(poison=True, shuffle_slots=True, max_delay_ms=window.max_delay_ms, seed=seed)
-    return SuperpipeStrategy(k=window.k, k_prime=window.k_prime, adversary=adversary)
+    return SuperpipeStrategy(
+        k=window.k, k_prime=window.k_prime, activations=window.activations, adversary=adversary
+    )
 
 
 def trainer(device: Device, strategy: Strategy | None = None, **options: Any) -> L.Trainer:
