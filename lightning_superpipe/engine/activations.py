@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lightning_superpipe.engine.containers import take_apart
 from lightning_superpipe.engine.micro_batches import MicroBatches, why_not_split
 from lightning_superpipe.engine.offload import Offload
 from lightning_superpipe.engine.recompute import Repeatable
@@ -130,9 +130,7 @@ class Activations:
         elif policy is Policy.OFFLOAD:
             with self.offload.saving(unit):
                 return call(*args, **kwargs)
-        elif module is not unit.module:
-            self._keep(unit, f"a part of it ({type(module).__name__}) is called by itself")
-        elif (reason := why_not_again(unit.module.modules(), tree_leaves((args, kwargs)))) is not None:
+        elif (reason := self._why_not_recompute(unit, module, args, kwargs)) is not None:
             self._keep(unit, reason)
         else:
             return self._recompute(unit, call, args, kwargs)
@@ -140,12 +138,23 @@ class Activations:
 
     # -- recomputation
 
+    def _why_not_recompute(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> str | None:
+        if module is not unit.module:
+            return f"a part of it ({type(module).__name__}) is called by itself"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "it runs inside a torch.func transform"
+        if unit.has_foreign_weights(self._require_engine().catalog.host_of):
+            return "it runs with other weights than its own"
+        if unit.has_own_storage:
+            return "somebody holds its parameters beyond its call"
+        return why_not_again(unit.module.modules(), take_apart((args, kwargs))[0])
+
     def _recompute(self, unit: Unit, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         modules = list(unit.module.modules())
 
         def run(*args: Any, **kwargs: Any) -> Any:
             again = self._again(unit)
-            repeatable = Repeatable(self._device, modules, call, again)
+            repeatable = Repeatable(self._device, modules, call, _watched_weights(unit), again)
             output = repeatable.run(args, kwargs)
             if repeatable.reason is not None:
                 self._keep(unit, repeatable.reason)
@@ -178,6 +187,7 @@ class Activations:
                 )
             if (changed := _difference(sealed, activations._seal(unit_of(activations, module)))) is not None:
                 raise UnsupportedError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
                     f"{changed} of unit {name!r} changed between its forward and its backward, so its activations "
                     f"cannot be recomputed. Use activations={{{name!r}: 'keep', ...}}."
                 )
@@ -216,6 +226,18 @@ class Activations:
             SuperpipeWarning,
             stacklevel=2,
         )
+
+
+def _watched_weights(unit: Unit) -> Callable[[], str | None]:
+    """Return who says, after a call, what the call did to its weights that forbids to repeat it."""
+    before = unit.bound_versions()
+
+    def found() -> str | None:
+        if unit.bound_versions() != before:
+            return "its forward changes its weights"
+        return "it hands out its parameters" if unit.gives_out_twins() else None
+
+    return found
 
 
 def _difference(sealed: tuple[object, ...], now: tuple[object, ...]) -> str | None:

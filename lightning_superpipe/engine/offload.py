@@ -238,10 +238,9 @@ class Offload:
                 return _from_host(parcel, self._lanes.device)
             if parcel.device_bytes is None:
                 self._reach(view.batch)
-            if parcel.device_bytes is None:  # saved by several calls, sent with the first of them
-                owner = next((each for each in self._newest_first() if parcel in each.alive()), None)
-                assert owner is not None, "a parcel that is alive belongs to a batch"
-                self._fetch(owner)
+            if parcel.device_bytes is None:  # the call that saved it first is not in any graph any more
+                view.batch.add(parcel)
+                self._fetch(view.batch)
             if parcel.arrival is not None:
                 self._lanes.compute_waits(parcel.arrival, view.batch.label.unit)
                 parcel.arrival = None

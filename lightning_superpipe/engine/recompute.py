@@ -65,14 +65,22 @@ class Repeatable:
         device: its random state and autocast are as before when the call is repeated.
         modules: that run.
         first: runs the call in forward.
+        found: asked after it, says what it did to its weights that forbids to repeat it.
         again: runs it in backward, after having made sure that it may.
 
     Attributes:
         reason: why the call was not one to repeat; None if it was.
     """
 
-    def __init__(self, device: torch.device, modules: list[nn.Module], first: Call, again: Call) -> None:
-        self._device, self._modules, self._first, self._again = device, modules, first, again
+    def __init__(
+        self,
+        device: torch.device,
+        modules: list[nn.Module],
+        first: Call,
+        found: Callable[[], str | None],
+        again: Call,
+    ) -> None:
+        self._device, self._modules, self._first, self._found, self._again = device, modules, first, found, again
         self.reason: str | None = None
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,7 +111,7 @@ class Repeatable:
             trial, traces = _Trial(), Traces(self._modules, tensors)
             with saved_tensors_hooks(trial.pack, trial.unpack):
                 output = self._first(*args, **kwargs)
-            self.reason = traces.found()
+            self.reason = traces.found() or self._found()
             trial.end(keeps=self.reason is not None)
             return output
 

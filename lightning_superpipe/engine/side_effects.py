@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,16 +68,16 @@ class Traces:
         inputs: tensors that the call is given.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], inputs: Collection[Tensor]) -> None:
-        self._modules, self._inputs = modules, inputs
-        self._versions = [_version(tensor) for tensor in inputs]
+    def __init__(self, modules: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
+        self._modules = modules
+        self._inputs = [(tensor, _version(tensor)) for tensor in inputs]
         self._attributes = list(_attributes(modules))
         self._buffers = _buffers(modules)
         self._draws = _foreign_draws()
 
     def found(self) -> str | None:
         """Say what the call has left behind; None if it can be repeated."""
-        if any(_version(tensor) != before for tensor, before in zip(self._inputs, self._versions, strict=True)):
+        if any(_version(tensor) != before for tensor, before in self._inputs):
             return "its forward changes its input in place"
         if _buffers(self._modules) != self._buffers:
             return "its forward changes a buffer"

@@ -104,9 +104,7 @@ def streamed(window: Window, seed: int = 0) -> Strategy:
     from lightning_superpipe.config import Adversary
 
     adversary = Adversary(poison=True, shuffle_slots=True, max_delay_ms=window.max_delay_ms, seed=seed)
-    return SuperpipeStrategy(
-        k=window.k, k_prime=window.k_prime, activations=window.activations, adversary=adversary
-    )
+    return SuperpipeStrategy(k=window.k, k_prime=window.k_prime, activations=window.activations, adversary=adversary)
 
 
 def trainer(device: Device, strategy: Strategy | None = None, **options: Any) -> L.Trainer:
