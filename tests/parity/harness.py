@@ -176,7 +176,9 @@ def loads(strategy: Strategy) -> int:
     return int(cast(Any, strategy).report().num_loads)
 
 
-def placements(cases: Iterable[ParityCase], windows: Sequence[Window]) -> list[Any]:
+def placements(
+    cases: Iterable[ParityCase], windows: Sequence[Window], devices: Sequence[str] = ("cpu", "emu")
+) -> list[Any]:
     """Return (case, device, window) as parameters of a test, an emulated device marked as such.
 
     The windows of one case and device are neighbours, so that they share the reference run.
@@ -185,6 +187,7 @@ def placements(cases: Iterable[ParityCase], windows: Sequence[Window]) -> list[A
         pytest.param(case, device, window, id=f"{case.name}-{device}-{window}", marks=MARKS[device])
         for case in cases
         for device in case.devices
+        if device in devices
         for window in windows[: 1 if case.once else None]
     ]
 
