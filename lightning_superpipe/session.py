@@ -145,6 +145,8 @@ class Session:
         self._is_step_open = False
         self._meter.sample()
         self._last_step = self._counters() - self._at_step_start
+        if self._num_steps == 1:
+            self._keep_within_budget()
         if self._meter.recorder is not None:
             self._meter.recorder = None
             self.recording = self._engine.lanes.stop_recording().finish(
@@ -155,6 +157,21 @@ class Session:
                 emulated=self.is_emulated,
                 resident_bytes=sum(self._training_state()),
                 budget_bytes=self._budget,
+            )
+
+    def _keep_within_budget(self) -> None:
+        """Let units recompute from the second step on, where the first one's activations were more than allowed."""
+        if self.config.activations != "auto" or self._budget is None:
+            return
+        took, left = self._meter.peak.activations, self._budget - self._need.total(self.k)
+        if took > left:
+            self._engine.activations.recompute_all()
+            warnings.warn(
+                f"activations took {naturalsize(took, binary=True)} in the first step, but device_memory leaves "
+                f"{naturalsize(max(left, 0), binary=True)} for them: from now on units recompute theirs in backward. "
+                "Set activations to 'recompute' to begin with it, or to 'keep' to allow more.",
+                SuperpipeWarning,
+                stacklevel=2,
             )
 
     def _is_counted(self) -> bool:

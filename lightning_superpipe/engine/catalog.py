@@ -146,7 +146,9 @@ class Catalog:
         """All host parameters and buffers, by the address of their storage."""
         if self._by_address is None:
             root = self._root()
-            tensors: list[Tensor] = [] if root is None else [*root.parameters(), *root.buffers()]
+            bound: list[Tensor] = [] if root is None else [*root.parameters(), *root.buffers()]
+            hosts = [(self.host_of(tensor), tensor) for tensor in bound]  # a unit may be running
+            tensors = [tensor if host is None else host for host, tensor in hosts]
             self._by_address = {t.untyped_storage().data_ptr(): t for t in tensors if t.layout is torch.strided}
         return self._by_address
 

@@ -65,8 +65,8 @@ class MicroBatches:
     ) -> Any:
         """Run ``call`` once for each part and return the joined output.
 
-        Before a way of splitting is used for the first time, a part is tried against the whole batch, without gradients
-        and dropout.
+        Before a way of splitting is used for the first time, half a part is tried against a part, without gradients and
+        dropout: more than a part of the batch is never computed at once.
 
         Args:
             modules: of the unit.
@@ -131,23 +131,27 @@ class MicroBatches:
     def _compare(
         self, modules: list[nn.Module], call: Call, leaves: list[Any], structure: Structure, parts: _Parts
     ) -> None:
-        """Try the first part against the whole batch.
+        """Try the first part, or two samples if it is one, against half of it.
 
         Raises:
-            UnsupportedError: the samples of the first part come out otherwise when the rest of the batch is missing.
+            UnsupportedError: the samples of that half come out otherwise when the others are missing.
         """
+        size = max(2, parts.sizes[0])
+        results = []
         with _rehearsal(modules, leaves):
-            results = []
-            for values in (leaves, next(self._split(leaves, parts))):
-                copies = [value.clone() if isinstance(value, Tensor) else value for value in values]
+            for num_samples in (size, size // 2):
+                cut = [
+                    leaf[:num_samples] if split else leaf for leaf, split in zip(leaves, parts.is_split, strict=True)
+                ]
+                copies = [value.clone() if isinstance(value, Tensor) else value for value in cut]
                 args, kwargs = structure.build(copies)  # what a call changes in place is a copy
                 try:
                     results.append(take_apart(call(*args, **kwargs))[0])
                 except RuntimeError as error:
-                    raise self.refusal(f"a call with {parts.sizes[0]} of its samples raised: {error}") from error
+                    raise self.refusal(f"a call with {num_samples} of its samples raised: {error}") from error
         for whole, part in zip(*results, strict=False):
-            if isinstance(whole, Tensor) and whole.dim() and len(whole) == sum(parts.sizes):
-                self._check(whole[: parts.sizes[0]], part)
+            if isinstance(whole, Tensor) and whole.dim() and len(whole) == size:
+                self._check(whole[: size // 2], part)
 
     def _check(self, expected: Tensor, part: Tensor) -> None:
         if expected.shape != part.shape:

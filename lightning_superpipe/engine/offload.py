@@ -159,18 +159,16 @@ class Offload:
         parcels = [parcel for parcel in batch.alive() if parcel.place is None]
         if not parcels:
             return
-        after = [self._lanes.compute_event()]
         copies = []
         for parcel in parcels:
             parcel.place = self._pool.take(parcel.num_bytes)
-            if parcel.place.free_after is not None:
-                after.append(parcel.place.free_after)
             assert parcel.device_bytes is not None, "what was not sent is on the device"
             copies.append(Copy(parcel.host_bytes(), parcel.device_bytes))
-        done = self._lanes.d2h(copies, after=after, label=batch.label)
+        # What was in that host memory before has been read: compute waited for it, or nobody ever will.
+        done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=batch.label)
         for parcel in parcels:
             assert parcel.place is not None
-            parcel.sent, parcel.place = done, parcel.place._replace(free_after=done)
+            parcel.place = parcel.place._replace(last_copy=done)
         # The device's bytes are held until the copy is done: the allocator may give them to others after that only.
         self._transits.append(_Transit([weakref.ref(parcel) for parcel in parcels], [c.source for c in copies], done))
 
@@ -214,10 +212,11 @@ class Offload:
         parcels = [parcel for parcel in batch.alive() if parcel.device_bytes is None]
         if not parcels:
             return
-        # New memory may have been in use by compute that is still queued.
         for parcel in parcels:
             parcel.device_bytes = _empty(parcel.num_bytes, self._lanes.device)
-        after = [self._lanes.compute_event(), *{id(p.sent): p.sent for p in parcels if p.sent is not None}.values()]
+        # Compute that is still queued may use what that memory was before. The copies home are done: we waited for them
+        # before we let go.
+        after = [self._lanes.compute_event()]
         copies = [
             Copy(parcel.device_bytes, parcel.host_bytes()) for parcel in parcels if parcel.device_bytes is not None
         ]
@@ -226,7 +225,7 @@ class Offload:
         self._arriving += [(copy.target, arrival) for copy in copies]
         for parcel in parcels:
             assert parcel.place is not None
-            parcel.arrival, parcel.place = arrival, parcel.place._replace(free_after=arrival)
+            parcel.arrival, parcel.place = arrival, parcel.place._replace(last_copy=arrival)
         if batch not in self._fetched:
             self._fetched.append(batch)
 

@@ -17,10 +17,10 @@ __all__ = ["HostPool", "Parcel", "Place"]
 
 
 class Place(NamedTuple):
-    """Host memory of a parcel, and the event after which it may be written to: a copy may still read it."""
+    """Host memory of a parcel, and the end of the last copy from or to it."""
 
     slab: Slab
-    free_after: Event | None
+    last_copy: Event | None
 
 
 class HostPool:
@@ -49,8 +49,8 @@ class HostPool:
         if self._free:
             outgrown = max(self._free, key=_size)
             self._free = [other for other in self._free if other is not outgrown]
-            if outgrown.free_after is not None:
-                outgrown.free_after.synchronize()
+            if outgrown.last_copy is not None:
+                outgrown.last_copy.synchronize()
             outgrown.slab.close()
         self.num_allocations += 1
         with raw_tensors():
@@ -81,7 +81,6 @@ class Parcel:
         device_bytes: shape (num_bytes,), uint8; None while it is on the host only.
         version: of the tensor that was saved, to find out later whether it was written to in between.
         place: where it is on the host; None until it is sent.
-        sent: end of the copy to the host.
         arrival: end of the copy to the device that compute has not waited for yet.
     """
 
@@ -93,7 +92,6 @@ class Parcel:
         self.witness: Tensor | None = tensor.detach()  # shares the version with everything that can write to it
         self.was_modified = False
         self.place: Place | None = None
-        self.sent: Event | None = None
         self.arrival: Event | None = None
         self._pool = weakref.ref(pool)
 

@@ -23,6 +23,7 @@ class HostSlab(Slab):
         # Private, not the default shared mapping: forked data loader workers must not see later updates.
         self._pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes = torch.frombuffer(self._pages, dtype=torch.uint8)[:num_bytes]
+        self.is_open = True
         self.pinned = pin and num_bytes > 0 and _page_lock(self._bytes)
 
     @property
@@ -36,6 +37,7 @@ class HostSlab(Slab):
         return flat.as_strided(like.size(), like.stride())
 
     def close(self) -> None:
+        self.is_open = False
         if self.pinned:
             _driver().cudaHostUnregister(self._bytes.data_ptr())
             self.pinned = False
@@ -54,7 +56,7 @@ class HostTier(Tier):
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(slab.num_bytes for slab in self._slabs)
+        return sum(slab.num_bytes for slab in self._slabs if slab.is_open)
 
     def allocate(self, num_bytes: int) -> HostSlab:
         try:
@@ -72,7 +74,7 @@ class HostTier(Tier):
                 SuperpipeWarning,
                 stacklevel=2,
             )
-        self._slabs.append(slab)
+        self._slabs = [*(other for other in self._slabs if other.is_open), slab]
         return slab
 
     def close(self) -> None:
