@@ -15,6 +15,7 @@ from lightning_superpipe.engine.activations import Choice, Policy, choose_polici
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.errors import ConfigError
+from tests.engine.late_lanes import LANE_ORDERS, LaneOrder, LateCompute, LateLanes
 from tests.engine.policies import NUM_BLOCKS, choices, made_of, stream
 from tests.engine.tiny import CPU, Block, Chain, Result, batches, chain, is_equal, open_engine, train
 
@@ -41,6 +42,18 @@ def test_numbers_and_loads_are_those_of_keeping(policy: Policy, k: int, k_prime:
         expected = 2 * (2 * NUM_BLOCKS - min(k, NUM_BLOCKS))
         assert engine.residency.num_loads == expected
         assert engine.residency.num_plan_misses == 0
+
+
+@pytest.mark.parametrize("k", [2, NUM_BLOCKS])
+@pytest.mark.parametrize("order", [*LANE_ORDERS, 0, 1], ids=str)
+def test_recomputing_is_right_in_every_order_of_lanes(order: LaneOrder | int, k: int) -> None:
+    # Without dropout: the emulation draws when the queue runs, after the generator has been put back.
+    module, lanes = chain(NUM_BLOCKS), LateLanes(CPU, order)
+    with open_engine(module, lanes, k=k, poison=False, choices=choices(Policy.RECOMPUTE)) as engine:
+        lanes.attend(engine.gradients)
+        around = partial(LateCompute, lanes, engine.slots)
+        result = train(module, batches(2), partial(engine.step, "train"), around)
+    assert is_equal(result, train(chain(NUM_BLOCKS), batches(2)))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -19,7 +19,7 @@ WINDOWS = (
 )
 
 
-POLICIES = (Window(2, 1, 1.0, "recompute"), Window(3, 2, 1.0, "offload"))
+RECOMPUTE, OFFLOAD = Window(2, 1, 1.0, "recompute"), Window(3, 2, 1.0, "offload")
 FEW_WINDOWS = (Window(2, 1), Window(3, 2, max_delay_ms=1.0))
 
 PLAIN = [model_case(name) for name in MODELS]
@@ -37,7 +37,10 @@ def test_losses_weights_and_predictions_equal_the_ordinary_run(
     assert_equal(reference, candidate)
 
 
-@pytest.mark.parametrize(("case", "device", "window"), placements(PLAIN, POLICIES, ["emu"]))
+@pytest.mark.parametrize(
+    ("case", "device", "window"),
+    placements(PLAIN, [RECOMPUTE], ["emu"]) + placements(PLAIN[::3], [OFFLOAD], ["emu"]),
+)
 def test_models_equal_the_ordinary_run_whatever_becomes_of_activations(
     case: ParityCase, device: Device, window: Window, monkeypatch: pytest.MonkeyPatch
 ) -> None:
