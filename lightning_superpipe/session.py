@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
@@ -89,6 +90,7 @@ class Session:
         hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
         seed = hostile.seed if hostile.shuffle_slots else None
         window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident)
+        names = [unit.name for unit in found.units]
         return Engine(
             root,
             [(unit.name, unit.module) for unit in found.units],
@@ -98,6 +100,8 @@ class Session:
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
+            choices=choose_policies(self.config.activations, names, micro_batches=self.config.micro_batches),
+            micro_batches=self.config.micro_batches,
         )
 
     def _make_updates(self) -> UpdateStage | None:
@@ -183,6 +187,8 @@ class Session:
         self._is_step_open = False
         self._meter.sample()
         self._last_step = self._counters() - self._at_step_start
+        if self._num_steps == 1:
+            self._keep_within_budget()
         if self._meter.recorder is not None:
             self._meter.recorder = None
             self.recording = self._engine.lanes.stop_recording().finish(
@@ -193,6 +199,21 @@ class Session:
                 emulated=self.is_emulated,
                 resident_bytes=sum(self._training_state()),
                 budget_bytes=self._budget,
+            )
+
+    def _keep_within_budget(self) -> None:
+        """Let units recompute from the second step on, where the first one's activations were more than allowed."""
+        if self.config.activations != "auto" or self._budget is None:
+            return
+        took, left = self._meter.peak.activations, self._budget - self._need.total(self.k)
+        if took > left:
+            self._engine.activations.recompute_all()
+            warnings.warn(
+                f"activations took {naturalsize(took, binary=True)} in the first step, but device_memory leaves "
+                f"{naturalsize(max(left, 0), binary=True)} for them: from now on units recompute theirs in backward. "
+                "Set activations to 'recompute' to begin with it, or to 'keep' to allow more.",
+                SuperpipeWarning,
+                stacklevel=2,
             )
 
     def _is_counted(self) -> bool:

@@ -70,7 +70,7 @@ class UnitOwner(_EngineOwner):
         if engine.is_separate and not unit.num_active:
             args, kwargs = _aligned(args, engine.device), _aligned(kwargs, engine.device)
         with pause(engine.watch):  # the engine's own work, and the unit's, are nobody's reads outside
-            return self._run(forward, args, kwargs)
+            return self._run(module, forward, args, kwargs)
 
     def _leave_device(self) -> None:
         if self._unit.slot is not None and not self._unit.num_active:
@@ -91,17 +91,24 @@ class UnitOwner(_EngineOwner):
             for site in sites:
                 site.put(site.parameter)
 
-    def _run(self, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+    def _run(self, module: nn.Module, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         engine, unit = self._engine, self._unit
         is_outermost = unit.num_active == 0
         op = Op.FORWARD if graph_task_id() == -1 else Op.BACKWARD
         engine.use(unit, op)
         is_recorded = is_outermost and op is Op.FORWARD and engine.lanes.recorder is not None
         start = engine.lanes.mark() if is_recorded else None
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            with engine.saved.saving(), engine.casts.watch(unit, engine.slots):
+                return forward(*args, **kwargs)
+
         engine.enter(unit)
         try:
-            with engine.saved.saving(), engine.casts.watch(unit, engine.slots):
-                output = forward(*args, **kwargs)
+            if is_outermost and op is Op.FORWARD and torch.is_grad_enabled():
+                output = engine.activations.run(unit, module, compute, args, kwargs)
+            else:
+                output = compute(*args, **kwargs)
             if is_outermost:
                 output = _without_slot_views(engine, output)
         finally:

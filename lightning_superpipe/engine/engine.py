@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_superpipe.engine.activations import Activations, Choice
 from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
 from lightning_superpipe.engine.backend import graph_task_id, is_separate
 from lightning_superpipe.engine.calls import RootScope
@@ -26,6 +27,7 @@ from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.graph_end import call_at_end
 from lightning_superpipe.engine.installation import Installation
 from lightning_superpipe.engine.lanes import Label, Lanes, Mark, now
+from lightning_superpipe.engine.offload import Offload
 from lightning_superpipe.engine.outside import Outside
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import SlotPool
@@ -64,6 +66,8 @@ class Engine:
         lanes, tier: how bytes move, and where they live.
         pin: page-lock what gradients land in.
         root_scope: the root is called itself, not only its children: opens the scope of a step around each call.
+        choices: what becomes of each unit's saved activations; None keeps all.
+        micro_batches: parts of a batch inside units that recompute.
 
     Attributes:
         is_open: False once closed; what is left of graphs then computes with host parameters.
@@ -83,6 +87,8 @@ class Engine:
         tier: Tier,
         pin: bool = False,
         root_scope: RootScope | None = None,
+        choices: Sequence[Choice] | None = None,
+        micro_batches: int = 1,
     ) -> None:
         self.lanes, self.device = lanes, lanes.device
         self.is_separate = is_separate(self.device)
@@ -116,6 +122,8 @@ class Engine:
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * trained, pin=pin)
         self.saved = SavedTensors(self)
         self.outside = Outside(self.device, self.anchors, self.catalog, self.residency, self.saved, self.recover)
+        choices = choices or [Choice()] * len(self.units)
+        self.activations = Activations(self, choices, Offload(lanes, tier, self._staying), num_parts=micro_batches)
         self._installation = Installation(self, root, tier, root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
@@ -125,6 +133,9 @@ class Engine:
 
     def _make_anchor_twin(self, host: nn.Parameter) -> nn.Parameter:
         return make_twin(host, self.device, self, Label("G", -1, "anchors"))
+
+    def _staying(self) -> Container[int]:
+        return self.anchors.addresses() if self.is_separate else self.catalog.host_addresses()
 
     # -- uses
 
@@ -142,6 +153,8 @@ class Engine:
             if unit is not self._in_backward:
                 self._end_backward_span()
                 self.gradients.flush()  # those of the unit before
+                if op is Op.BACKWARD:
+                    self.activations.offload.reached(unit)
             self._in_backward = unit if op is Op.BACKWARD else None
             if not unit.num_active:
                 self._prepare(unit)
@@ -329,6 +342,7 @@ class Engine:
             for unit in self.units:
                 if not unit.num_active:
                     self._unbind(unit)
+            self.activations.offload.end_graph()
             self.gradients.finish()
             self.anchors.flush_buffers()
             self._boundary()
@@ -354,6 +368,7 @@ class Engine:
         self._abort_calls()
         self._is_in_step = self._is_evaluation = False
         self.follower.end()
+        self.activations.offload.settle()
 
     # -- what watches, tokens, owners and the update stage ask
 
@@ -389,6 +404,7 @@ class Engine:
         self.abort()
         self.is_open = False
         self._installation.remove()
+        self.activations.offload.close()
         self.lanes.close()
         self.residency.close()
         self.gradients.close()

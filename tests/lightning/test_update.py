@@ -199,9 +199,9 @@ def _raise(*_: Any) -> None:
 
 
 def test_an_interrupted_step_says_that_some_units_are_ahead() -> None:
-    with pytest.warns(SuperpipeWarning, match="the step was interrupted after .* units had been updated"):
-        with pytest.raises(KeyError):
-            fitted(made(Interrupted), streamed())
+    message = "the step was interrupted after .* units had been updated"
+    with pytest.warns(SuperpipeWarning, match=message), pytest.raises(KeyError):
+        fitted(made(Interrupted), streamed())
 
 
 def test_with_updates_after_backward_an_interrupted_step_leaves_the_last_weights() -> None:
