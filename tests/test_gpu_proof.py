@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.gpu_proof import peers, publish, tasks
+from experiments.gpu_proof import peers, publish, result, tasks
 from experiments.gpu_proof.job import CannotRun, Job, Outcome, Status
 from experiments.gpu_proof.result import StageResult, load_results
-from experiments.gpu_proof.stages import STAGES
+from experiments.gpu_proof.stages import STAGES, Bench, run_stage
 from experiments.gpu_proof.stages.peers import INFERENCE, TRAINING
 from experiments.gpu_proof.watch import Deadline, Watcher
 from lightning_superpipe.errors import SuperpipeError
@@ -58,12 +58,12 @@ def by_peer(outcomes: Sequence[Outcome], task: str) -> dict[tuple[str, bool], Ou
 
 def test_every_stage_is_whole_and_says_what_a_figure_needs(folder: Path) -> None:
     results = load_results(folder, STAGES)
-    assert [result.stage for result in results] == list(STAGES)
-    for result in results:
-        assert (result.label, result.emulated, result.problem, result.size) == (LABEL, True, "", "tiny")
-        assert result.command.startswith("python experiments/gpu_proof/prove.py --size tiny")
-        assert {"python", "torch", "lightning", "transformers"} <= set(result.versions)
-        assert {"system", "cores", "memory"} <= set(result.machine)
+    assert [each.stage for each in results] == list(STAGES)
+    for each in results:
+        assert (each.label, each.emulated, each.problem, each.size) == (LABEL, True, "", "tiny")
+        assert each.command.startswith("python experiments/gpu_proof/prove.py --size tiny")
+        assert {"python", "torch", "lightning", "transformers"} <= set(each.versions)
+        assert {"system", "cores", "memory"} <= set(each.machine)
 
 
 def test_gpu_tests_are_skipped_with_a_reason_where_there_is_none(folder: Path) -> None:
@@ -141,11 +141,16 @@ def test_headroom_finds_where_memory_ends_and_streaming_goes_further(folder: Pat
     assert (tried["superpipe", streamed["fits"]].device_peak_bytes or 0) <= resident["cap_bytes"]
 
 
-def test_resuming_runs_nothing_that_is_known(folder: Path) -> None:
+def test_resuming_runs_nothing_that_is_known(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = stage(folder, "sweep")
-    ran = prove("--size", "tiny", "--out", str(folder), "--stage", "sweep", "--resume")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert stage(folder, "sweep").outcomes == before.outcomes
+    known = result.known_outcomes(folder / "sweep.json", LABEL)
+    bench = Bench("tiny", "emu", 0, folder, Watcher("emu", folder), Deadline.after(0.0), print, known=known)
+    assert run_stage("sweep", bench).outcomes == before.outcomes
+    assert capsys.readouterr().out == "", "no process was started"
+    late = run_stage("sweep", replace(bench, known={}))
+    assert {one.status for one in late.outcomes} == {Status.LATE} and late.problem.startswith("without numbers: train-")
+    with pytest.raises(SuperpipeError, match="leave --resume out"):
+        result.known_outcomes(folder / "sweep.json", "another machine")
 
 
 # -- tables
@@ -193,7 +198,7 @@ def test_figures_of_a_gpu_reach_the_first_page_without_the_emulations_verdict(
 def test_the_repositorys_first_page_has_a_place_and_no_figure_by_hand() -> None:
     inner = (ROOT / "README.md").read_text().split(publish.BEGIN)[1].split(publish.END)[0]
     found = [StageResult.load(path) for path in (ROOT / "experiments/gpu_proof/results").glob("*/sweep.json")]
-    assert bool(inner.strip()) == any(not result.emulated for result in found)
+    assert bool(inner.strip()) == any(not each.emulated for each in found)
 
 
 def test_what_cannot_be_published_is_refused_with_a_way_out(

@@ -1,7 +1,7 @@
 """Writes results into pages and pictures: nothing is typed by hand, and an emulation never reaches the first page.
 
 Run from the repository: ``python experiments/gpu_proof/publish.py FOLDER`` with a folder that prove.py wrote. Tables go
-between the markers ``<!-- gpu_proof: begin -->`` and ``<!-- gpu_proof: end -->`` of README.md beside this script, and the
+between the markers ``<!-- gpu_proof: begin -->`` and ``<!-- gpu_proof: end -->`` of README.md beside this script; the
 comparison, if a GPU measured it, also into the repository's README.md; pictures go into the folder.
 """
 

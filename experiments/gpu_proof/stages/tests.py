@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ __all__ = ["grids", "run"]
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = "tests/gpu"
+_CLOSING_S = 20.0
 _KINDS = ("failure", "error", "skipped")
 
 
@@ -23,19 +25,27 @@ def run(bench: Bench) -> Findings:
     report, log = bench.out / "tests.xml", bench.out / "tests.log"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", FOLDER, f"--junitxml={report}", "-p", "no:cacheprovider"]
-    with log.open("w") as file:
-        try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=max(1.0, bench.deadline.left_s)
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return Findings(problem=f"the stage's minutes were over before the tests were; see {log.name}")
+    with log.open("w") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as tests:
+        problem = _wait(tests, max(1.0, bench.deadline.left_s - _CLOSING_S))
     if not report.exists():
-        return Findings(problem=f"pytest ended with {code} and no report; see {log.name}")
+        return Findings(problem=f"{problem or 'pytest wrote no report'}; see {log.name}")
     facts = count(report)
-    bad = facts["failed"]
-    problem = f"{len(bad)} tests fail; see {log.name}" if bad else "" if code == 0 else f"pytest ended with {code}"
-    return Findings(facts=facts, problem=problem)
+    problems = [problem, f"{len(facts['failed'])} tests fail; see {log.name}" if facts["failed"] else ""]
+    return Findings(facts=facts, problem="; ".join(filter(None, problems)))
+
+
+def _wait(tests: subprocess.Popen[bytes], seconds: float) -> str:
+    """Wait for pytest; when its time is up let it write what it has. Return what went wrong besides failing tests."""
+    try:
+        code = tests.wait(seconds)
+    except subprocess.TimeoutExpired:
+        tests.send_signal(signal.SIGINT)
+        try:
+            tests.wait(_CLOSING_S)
+        except subprocess.TimeoutExpired:
+            tests.kill()
+        return "the stage's minutes were over before the tests were"
+    return "" if code in (0, 1) else f"pytest ended with {code}"
 
 
 def count(report: Path) -> dict[str, list[str]]:
