@@ -1,9 +1,9 @@
 """How parity is judged: the same module, seed, data and Trainer, once with the ordinary strategy and once streamed.
 
 The reference runs on the *same device kind* as the candidate: ``accelerator="cpu"``, the emulated device with
-``SingleDeviceStrategy("emu:0")``, or a GPU (tests/gpu). Two devices round differently, and AdamW makes a full step of the
-rounding of a gradient near zero, so a run on one device never judges a run on another. Reference and candidate run one after the
-other in one process; everything must be equal by ``torch.equal``, there are no tolerances.
+``SingleDeviceStrategy("emu:0")``, or a GPU (tests/gpu). Two devices round differently, and AdamW makes a full step of
+the rounding of a gradient near zero, so a run on one device never judges a run on another. Reference and candidate run
+one after the other in one process; everything must be equal by ``torch.equal``, there are no tolerances.
 
 How the files fit together:
 
