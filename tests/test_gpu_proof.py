@@ -229,6 +229,14 @@ def test_a_process_is_not_started_or_is_stopped_when_its_time_is_up(tmp_path: Pa
     assert late.status is Status.LATE and late.reason.startswith("stopped after")
 
 
+def test_on_cuda_each_process_is_a_fresh_interpreter(tmp_path: Path) -> None:
+    told = Watcher("cuda", tmp_path).run(Job("train", "tiny", "cuda", peer="resident"), Deadline.after(90))
+    if torch.cuda.is_available():
+        assert told.status is Status.OK and told.device_peak_bytes
+    else:
+        assert (told.status, told.reason) == (Status.REFUSED, "CannotRun: torch sees no CUDA device")
+
+
 def test_a_process_that_fails_or_dies_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watcher = Watcher("cpu", tmp_path)
     failed = watcher.run(Job("no such task", "tiny", "cpu"), Deadline.after(60))

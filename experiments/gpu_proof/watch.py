@@ -18,6 +18,7 @@ import psutil
 from experiments.gpu_proof import tasks
 from experiments.gpu_proof.job import Job, Outcome, Status
 from experiments.gpu_proof.nvml import DriverView
+from experiments.gpu_proof.peers import build_seconds_of
 
 __all__ = ["Deadline", "Watcher"]
 
@@ -69,7 +70,7 @@ class Watcher:
 
         A process tells ``begin`` when what follows is training alone, and ``end`` with its status and report.
         """
-        limit_s = min(job.scale.run_seconds, deadline.left_s)
+        limit_s = min(job.scale.run_seconds + _build_seconds(job), deadline.left_s)
         if limit_s < _LEAST_S:
             return Outcome(job, Status.LATE, "not started: the stage's minutes are over")
         self._logs.mkdir(parents=True, exist_ok=True)
@@ -88,6 +89,10 @@ class Watcher:
         used = None if before is None or view.device_used is None else max(0, view.device_used - before)
         seconds = time.monotonic() - began
         return Outcome(job, status, reason, seconds, view.training_peak, view.life_peak, used, report)
+
+
+def _build_seconds(job: Job) -> float:
+    return build_seconds_of(job.peer) if job.peer else 0.0
 
 
 class _View:

@@ -1,15 +1,19 @@
 """Who takes part: one file each, with the settings that its own documentation calls best for this purpose.
 
-A file has ``PACKAGE`` (the module that must be importable; None if it comes with what all have), ``DEVICES`` (the kinds
-it runs on) and ``prepare(job, device) -> Contender``. A new peer is a new file, and a line in ``stages/peers.py``.
+A file has ``PACKAGE`` (the module that must be importable, or None), ``DEVICES`` (kinds that it runs on),
+``prepare(job, device) -> Contender``, and ``BUILD_SECONDS`` if it compiles something at first use. A new peer is a new
+file, and a line in ``stages/peers.py``.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +22,15 @@ from torch import Tensor
 from experiments.gpu_proof.job import CannotRun, Job
 from experiments.gpu_proof.network import loss_of
 
-__all__ = ["Contender", "devices_of", "inference_step", "prepare", "training_step"]
+__all__ = [
+    "Contender",
+    "build_seconds_of",
+    "devices_of",
+    "inference_step",
+    "keep_builds_apart",
+    "prepare",
+    "training_step",
+]
 
 
 @dataclass
@@ -41,6 +53,20 @@ def devices_of(peer: str) -> tuple[str, ...]:
     """Return the kinds of devices that a peer runs on."""
     devices: tuple[str, ...] = _module_of(peer).DEVICES
     return devices
+
+
+def build_seconds_of(peer: str) -> float:
+    """Return how much longer than others a peer may take, because it compiles at its first use."""
+    return float(getattr(_module_of(peer), "BUILD_SECONDS", 0.0))
+
+
+def keep_builds_apart() -> None:
+    """Let what a peer compiles go to a folder of this harness alone, free of locks that a stopped process left."""
+    folder = Path(tempfile.gettempdir()) / "superpipe_gpu_proof_extensions"
+    for lock in folder.glob("*/lock"):
+        lock.unlink(missing_ok=True)
+    folder.mkdir(exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
 
 
 def prepare(job: Job, device: torch.device) -> Contender:

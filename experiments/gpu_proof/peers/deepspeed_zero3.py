@@ -13,10 +13,11 @@ from torch import Tensor
 
 from experiments.gpu_proof.job import Job
 from experiments.gpu_proof.network import LEARNING_RATE, loss_of, make_model
-from experiments.gpu_proof.peers import Contender
+from experiments.gpu_proof.peers import Contender, keep_builds_apart
 
 PACKAGE = "deepspeed"
 DEVICES = ("cuda",)
+BUILD_SECONDS = 300.0  # its CPU Adam
 
 
 def configuration(job: Job) -> dict[str, object]:
@@ -40,6 +41,7 @@ def configuration(job: Job) -> dict[str, object]:
 def prepare(job: Job, device: torch.device) -> Contender:
     """Hand the model to DeepSpeed."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29541")
+    keep_builds_apart()
     import deepspeed
 
     model = make_model(job)

@@ -14,6 +14,7 @@ from experiments.gpu_proof.peers import Contender, training_step
 
 PACKAGE = "trainstream"
 DEVICES = ("cuda",)
+BUILD_SECONDS = 120.0
 
 
 def prepare(job: Job, device: torch.device) -> Contender:

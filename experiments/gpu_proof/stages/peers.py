@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from experiments.gpu_proof.job import Outcome
+from experiments.gpu_proof.peers import build_seconds_of
 from experiments.gpu_proof.result import Grid, StageResult
 from experiments.gpu_proof.stages import Bench, Findings
 from experiments.gpu_proof.words import UNKNOWN, losses, ratio, share_saved, size, throughput
@@ -43,12 +44,13 @@ INFERENCE = (
 def run(bench: Bench) -> Findings:
     """Train and infer with everybody that can."""
     k, k_prime = bench.size.peer_window
-    outcomes = []
+    jobs = []
     for task, entries in (("train", TRAINING), ("infer", INFERENCE)):
         for entry in entries:
             window = {"k": k, "k_prime": k_prime} if entry.peer == "superpipe" else {}
-            job = bench.contender(task, entry.peer, checkpointing=entry.checkpointing, **window)
-            outcomes.append(bench.run(job))
+            jobs.append(bench.contender(task, entry.peer, checkpointing=entry.checkpointing, **window))
+    jobs.sort(key=lambda job: build_seconds_of(job.peer))  # whoever compiles first comes last, should time run out
+    outcomes = [bench.run(job) for job in jobs]
     return Findings(tuple(outcomes), problem=_problem(outcomes))
 
 
@@ -79,6 +81,8 @@ def _grid(result: StageResult, task: str, entries: tuple[Entry, ...], title: str
         rows.append([entry.title, *memory, *speed, losses(one) if one.is_ok else f"{one.status.value}: {one.reason}"])
         if note := one.report.get("note"):
             notes.append(f"{entry.title}: {note}")
+        if one.is_ok and one.job.device != mine[0][1].job.device:
+            notes.append(f"{entry.title}: on the {one.job.device.upper()} itself, where nobody counts device bytes")
     columns = ["", "device peak", "saved", "used on the device", "host peak", "tokens/s", "of resident", "loss"]
     if task == "infer":
         columns[-1] = "mean of logits"
