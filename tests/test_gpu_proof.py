@@ -27,6 +27,7 @@ from lightning_superpipe.observe import MachineProfile
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "experiments" / "gpu_proof" / "prove.py"
+pytestmark = pytest.mark.slow
 LABEL = "CPU, tiny size, emulation"
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import psutil
+from humanize import metric
 
 from experiments.gpu_proof.job import Job, Outcome, Status
 from experiments.gpu_proof.result import Grid, StageResult
@@ -66,9 +67,8 @@ def run(bench: Bench) -> Findings:
         for peer in PEERS:
             k, k_prime = bench.size.peer_window
             window = {"k": k, "k_prime": k_prime} if peer == "superpipe" else {}
-            asked = bench.job(
-                "train", peer=peer, checkpointing=True, num_steps=2, cap_bytes=cap, device=device, **window
-            )
+            window |= {"batch_size": 1, "num_steps": 2}  # room is for the model
+            asked = bench.job("train", peer=peer, checkpointing=True, cap_bytes=cap, device=device, **window)
             tried = _Tries(bench, asked)
             bracket = bisect(tried.fits, min(bench.size.num_blocks, most), most)
             outcomes += tried.outcomes
@@ -121,9 +121,7 @@ def grids(result: StageResult) -> list[Grid]:
         ]
         weights = blocks * scale.block_parameters + 2 * scale.vocabulary * scale.width if blocks else 0
         largest = (
-            [f"{weights / 1e9:.3g} B", str(blocks), str(found["fails"] or UNKNOWN)]
-            if blocks
-            else [UNKNOWN, "none", UNKNOWN]
+            [metric(weights), str(blocks), str(found["fails"] or UNKNOWN)] if blocks else [UNKNOWN, "none", UNKNOWN]
         )
         numbers = [size(runs[-1].device_peak_bytes), throughput(runs[-1])] if runs and blocks else [UNKNOWN, UNKNOWN]
         limit = found["ended"] or ("device memory" if found["fails"] else str(result.facts["most_because"]))
