@@ -179,6 +179,7 @@ def test_an_emulation_fills_its_own_page_and_never_the_first(folder: Path, pages
     for title in ("Windows", "Training, side by side", "Inference, side by side", "Largest model", "Copies between"):
         assert text.count(f"**{title}") == 1
     assert text.count(f"({LABEL})") == 8
+    assert "tokens/s" not in text and "Speed is left out" in text
     assert pages[1].read_text() == first
     assert all((folder / name).read_text().startswith("<?xml") for name in ("sweep.svg", "sweep-dark.svg"))
     assert publish_to(folder, pages) == 0
@@ -193,6 +194,7 @@ def test_figures_of_a_gpu_reach_the_first_page_without_the_emulations_verdict(
     assert publish_to(tmp_path / "gpu", pages) == 0
     text = pages[1].read_text()
     assert "**Windows** (Some GPU)" in text and "**Copies between" not in text and "emulation" not in text
+    assert "| tokens/s |" in text and "Speed is left out" not in text
     assert "Goal: 60% saved at 95% of the resident throughput: missed" in text
 
 
@@ -256,7 +258,7 @@ def test_a_contender_refuses_what_it_is_not_made_for() -> None:
                 peers.prepare(Job("train", "tiny", "cpu", peer=peer), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("name", ["job", "sizes", "words", "tasks", "publish", "stages.headroom"])
+@pytest.mark.parametrize("name", ["job", "result", "sizes", "words", "tasks", "publish", "stages.headroom"])
 def test_examples_in_docstrings_hold(name: str) -> None:
     found = doctest.testmod(import_module(f"experiments.gpu_proof.{name}"))
     assert found.attempted > 0 and found.failed == 0

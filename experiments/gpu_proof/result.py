@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +43,18 @@ class Grid:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+
+    def without(self, columns: Collection[str], why: str) -> Grid:
+        """Return the table without some columns, and its note with the reason; the table itself if it has none of them.
+
+        >>> Grid("Windows", ["k", "step ms"], [["2", "83.1"]], "Tiny.").without({"step ms"}, "No times.")
+        Grid(title='Windows', columns=['k'], rows=[['2']], note='Tiny. No times.')
+        """
+        kept = [index for index, column in enumerate(self.columns) if column not in columns]
+        if len(kept) == len(self.columns):
+            return self
+        rows = [[row[index] for index in kept] for row in self.rows]
+        return Grid(self.title, [self.columns[index] for index in kept], rows, f"{self.note} {why}".strip())
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ STAGES = ("tests", "machine", "trace", "sweep", "peers", "headroom")
 """In order of worth: what holds, what the machine can do, what a step looks like, and then the comparisons."""
 
 
+_SPEED = frozenset(
+    ("step ms", "tokens/s", "of resident", "busy ms", "of the step", "GB/s while busy", "of the measured link")
+)
+
+
 @dataclass(frozen=True)
 class Findings:
     """What a stage hands over.
@@ -94,6 +99,10 @@ def run_stage(name: str, bench: Bench) -> Findings:
 
 
 def grids(result: StageResult) -> list[Grid]:
-    """Return the tables of a stage's result."""
+    """Return the tables of a stage's result; those of an emulation show no speed, which its JSON holds all the same."""
     made: list[Grid] = import_module(f"{__name__}.{result.stage}").grids(result)
-    return made
+    return (
+        [grid.without(_SPEED, "Speed is left out: an emulation has none.") for grid in made]
+        if result.emulated
+        else made
+    )

@@ -65,10 +65,8 @@ def grids(result: StageResult) -> list[Grid]:
         shares = [UNKNOWN if rate is None else f"{rate:.1f}", f"{rate / link:.0%}" if rate and link else UNKNOWN]
         moved = size(told["moved_bytes"].get(lane))
         rows.append([lane, f"{1e3 * busy:,.1f}", f"{busy / told['step_s']:.0%}", moved, *shares])
-    note = (
-        f"k={told['k']}, k'={told['k_prime']}, {told['num_units']} units; step {1e3 * told['step_s']:,.1f} ms, compute "
-        f"waits {1e3 * told['stall_s']:,.1f} ms. Files: {', '.join(told['files'])}. "
-        f"{told['note']} {_verdict(result)}".strip()
-    )
+    times = f"; step {1e3 * told['step_s']:,.1f} ms, compute waits {1e3 * told['stall_s']:,.1f} ms"
+    window = f"k={told['k']}, k'={told['k_prime']}, {told['num_units']} units{'' if result.emulated else times}."
+    note = " ".join(filter(None, [window, f"Files: {', '.join(told['files'])}.", told["note"], _verdict(result)]))
     columns = ["lane", "busy ms", "of the step", "moved", "GB/s while busy", "of the measured link"]
     return [Grid("One step on four lanes", columns, rows, note)]
