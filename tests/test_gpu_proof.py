@@ -181,7 +181,7 @@ def test_an_emulation_fills_its_own_page_and_never_the_first(folder: Path, pages
     assert text.count(f"({LABEL})") == 8
     assert "tokens/s" not in text and "Speed is left out" in text
     assert pages[1].read_text() == first
-    assert all((folder / name).read_text().startswith("<?xml") for name in ("sweep.svg", "sweep-dark.svg"))
+    assert not (folder / "sweep.svg").exists()
     assert publish_to(folder, pages) == 0
     assert pages[0].read_text() == text
 
@@ -193,6 +193,8 @@ def test_figures_of_a_gpu_reach_the_first_page_without_the_emulations_verdict(
         replace(stage(folder, name), label="Some GPU", emulated=False).save(tmp_path / "gpu")
     assert publish_to(tmp_path / "gpu", pages) == 0
     text = pages[1].read_text()
+    assert all((tmp_path / "gpu" / name).read_text().startswith("<?xml") for name in ("sweep.svg", "sweep-dark.svg"))
+    assert text.startswith(f"before\n{publish.BEGIN}\n![") and "](gpu/sweep.svg)" in text
     assert "**Windows** (Some GPU)" in text and "**Copies between" not in text and "emulation" not in text
     assert "| tokens/s |" in text and "Speed is left out" not in text
     assert "Goal: 60% saved at 95% of the resident throughput: missed" in text

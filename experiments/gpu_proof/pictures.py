@@ -16,13 +16,13 @@ __all__ = ["draw_sweep"]
 
 
 def draw_sweep(results: Sequence[StageResult], folder: Path) -> list[Path]:
-    """Write ``sweep.svg`` and ``sweep-dark.svg``; nothing where the sweep did not run.
+    """Write ``sweep.svg`` and ``sweep-dark.svg``; nothing without a sweep, or of an emulation.
 
     Raises:
         SuperpipeError: the sweep has no numbers; matplotlib is missing.
     """
     sweep = next((result for result in results if result.stage == "sweep"), None)
-    if sweep is None:
+    if sweep is None or sweep.emulated:
         return []
     rows = [_row(sweep, outcome) for outcome in sweep.outcomes if outcome.is_ok]
     paths = [(folder / "sweep.svg", False), (folder / "sweep-dark.svg", True)]

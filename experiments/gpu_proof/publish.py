@@ -8,6 +8,7 @@ comparison, if a GPU measured it, also into the repository's README.md; pictures
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from lightning_superpipe.errors import SuperpipeError  # noqa: E402
 from lightning_superpipe.sweeps.files import replacing  # noqa: E402
 
 BEGIN, END = "<!-- gpu_proof: begin -->", "<!-- gpu_proof: end -->"
+_SWEEP = "Peak device memory against step time for every window"
 _FIRST_PAGE = ("sweep", "peers", "headroom")
 
 
@@ -35,14 +37,14 @@ def main(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
     try:
         results = load_results(options.folder, STAGES)
-        for path in draw_sweep(results, options.folder):
-            print(f"drawn: {path}")
-        write_between(options.page, page(results, _link(options.folder, options.page)))
-        print(f"written: {options.page}")
+        pictures = draw_sweep(results, options.folder)[:1]
+        pages = {options.page: results}
         if not results[0].emulated:
-            first = [result for result in results if result.stage in _FIRST_PAGE]
-            write_between(options.readme, page(first, _link(options.folder, options.readme)))
-            print(f"written: {options.readme}")
+            pages[options.readme] = [result for result in results if result.stage in _FIRST_PAGE]
+        for path, shown in pages.items():
+            images = [f"![{_SWEEP}]({_relative(picture, path)})" for picture in pictures]
+            write_between(path, "\n\n".join(filter(None, [*images, page(shown, _link(options.folder, path))])))
+            print(f"written: {path}")
     except SuperpipeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -110,11 +112,12 @@ def write_between(path: Path, text: str) -> None:
 
 
 def _link(folder: Path, page: Path) -> str:
-    """Return a link to the results from a page; the bare name where they lie elsewhere."""
-    try:
-        return f"[{folder.name}]({folder.resolve().relative_to(page.resolve().parent)})"
-    except ValueError:
-        return folder.name
+    """Return a link to the results from a page."""
+    return f"[{folder.name}]({_relative(folder, page)})"
+
+
+def _relative(path: Path, page: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), page.resolve().parent)).as_posix()
 
 
 if __name__ == "__main__":
