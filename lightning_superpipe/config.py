@@ -7,15 +7,16 @@ import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from lightning_superpipe.errors import ConfigError
 
-__all__ = ["Adversary", "Auto", "Link", "SuperpipeConfig", "UnitChoice", "nearest", "parse_bytes"]
+__all__ = ["Adversary", "Auto", "Link", "SuperpipeConfig", "UnitChoice", "Update", "nearest", "parse_bytes"]
 
 Auto = Literal["auto"]
+Update = Literal["auto", "in_backward", "after_backward", "at_once"]
 UnitChoice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
@@ -103,6 +104,8 @@ class SuperpipeConfig:
 
     Attributes:
         k: most units on the device at once, those in flight included; ``"auto"`` takes a small window that fits.
+        resident: units that stay on the device beside those ``k``, evenly spread; ``"auto"`` keeps as many as fit into
+            what ``device_memory`` leaves after two steps, activations counted, and none without ``device_memory``.
         k_prime: units moved per transfer, ``1 <= k_prime <= k``; only ``k_prime < k`` overlaps copies with compute.
         device_memory: bytes that the plan may use on the device (``"8GiB"`` or an integer); None sets no limit.
         units: class names, module names or patterns, or a callable ``(name, module) -> bool`` that marks the units;
@@ -110,6 +113,12 @@ class SuperpipeConfig:
         pin_memory: page-lock the host store; ``"auto"`` does so where the device can use it.
         fused_optimizer: use torch's fused CPU kernels where the optimizer left the choice open; ``"auto"`` does so on
             accelerators only, where no choice could be bit-equal to an update on the device.
+        update: when the optimizer's step runs, for optimizers that can be split by units (others run as a whole).
+            ``"in_backward"``: each unit as soon as its gradients are home, where a loop is known to look at no gradient
+            before the step (Lightning's automatic optimization without clipping or hooks that could look).
+            ``"after_backward"``: unit by unit from ``optimizer.step()`` on, under the next forward. ``"at_once"``:
+            before ``optimizer.step()`` returns. All are exact. ``"auto"`` takes the first that is possible, but the
+            last where device and host are one memory.
         record_step: index of the training step whose lanes and memory are recorded; None records none.
         link: emulated link (machines without an accelerator).
         adversary: hostile timing and memory, for tests.
@@ -120,10 +129,12 @@ class SuperpipeConfig:
 
     k: int | Auto = "auto"
     k_prime: int = 1
+    resident: int | Auto = "auto"
     device_memory: int | str | None = None
     units: UnitChoice = None
     pin_memory: bool | Auto = "auto"
     fused_optimizer: bool | Auto = "auto"
+    update: Update = "auto"
     record_step: int | None = None
     link: Link | None = None
     adversary: Adversary | None = None
@@ -137,9 +148,13 @@ class SuperpipeConfig:
                     f"k_prime={self.k_prime} is larger than k={self.k}: at most k units are on the device, so at most "
                     f"k can move at once. Use 1 <= k_prime <= {self.k}."
                 )
+        if self.resident != "auto":
+            _check_count("resident", self.resident, least=0, also="'auto'")
         for name in ("pin_memory", "fused_optimizer"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are true, false and 'auto'.")
+        if self.update not in get_args(Update):
+            raise ConfigError(f"update={self.update!r}: allowed are {_listed(get_args(Update))}.")
         step = self.record_step
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ConfigError(f"record_step={step!r}: the index of a training step (0 or more), or null.")
@@ -181,6 +196,10 @@ def _check_names(schema: type, options: Mapping[str, Any], prefix: str = "") -> 
             raise ConfigError(f"unknown option {prefix + str(name)!r}: {hint}")
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:-1])) + f" and {names[-1]!r}"
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -197,8 +216,8 @@ def _check_units(units: Any) -> None:
         )
 
 
-def _check_count(name: str, value: Any, also: str | None = None) -> None:
-    """Raise ConfigError unless ``value`` is an integer of at least one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        allowed = "an integer of at least 1" + (f" or {also}" if also else "")
+def _check_count(name: str, value: Any, also: str | None = None, least: int = 1) -> None:
+    """Raise ConfigError unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        allowed = f"an integer of at least {least}" + (f" or {also}" if also else "")
         raise ConfigError(f"{name}={value!r}: {allowed} is allowed.")

@@ -16,20 +16,22 @@ from lightning_superpipe.config import Adversary, SuperpipeConfig
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
-from lightning_superpipe.engine.lanes import Lanes, StreamLanes
+from lightning_superpipe.engine.lanes import Lanes
+from lightning_superpipe.engine.stream_lanes import StreamLanes
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
-from lightning_superpipe.engine.unit import slot_bytes_of
+from lightning_superpipe.engine.unit import slot_bytes_of, trained_bytes_of
 from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.optimizer import FusedChoice, sparsely_differentiated, wants_fused
+from lightning_superpipe.optimizer import FusedChoice, UpdateStage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
-from lightning_superpipe.planning.budget import MemoryNeed, choose_k
+from lightning_superpipe.planning.budget import MemoryNeed, choose_k, choose_residents
 from lightning_superpipe.tiers import HostTier
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
+_MARGIN = 10  # a tenth more activations than measured
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 
 
@@ -51,18 +53,28 @@ class Session:
         self, root: nn.Module, config: SuperpipeConfig, device: torch.device, *, trains: bool, owns_root: bool = False
     ) -> None:
         self.config, self.device = config, device
+        if config.update == "in_backward" and owns_root:
+            raise UnsupportedError(
+                "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
+                "optimization. Use update='after_backward', which is exact as well and hides the update under the next "
+                "forward."
+            )
         found = partition(root, config.units)
         need = _memory_need(root, found, trains=trains)
         budget = config.device_memory if isinstance(config.device_memory, int) else None
         self.k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=config.k_prime)
         self.k_prime = min(config.k_prime, self.k)
+        asked = 0 if config.resident == "auto" else config.resident
+        self.num_resident = choose_residents(asked, self.k, need, budget, need.total(self.k))
         self.units: UnitTable = unit_table(root, found, k=self.k)
         self._need, self._budget = need, budget
         self._tier = HostTier(pin=_may_pin(config, device))
         self._engine = self._make_engine(root, found, owns_root)
+        self._updates = self._make_updates()
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
         self._optimizers: list[Optimizer] = []
+        self._whole: set[str] = set()
         self._root = root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = False
@@ -72,7 +84,8 @@ class Session:
 
     def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
         hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
-        window = Window(self.k, self.k_prime, hostile.poison, hostile.seed if hostile.shuffle_slots else None)
+        seed = hostile.seed if hostile.shuffle_slots else None
+        window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident)
         return Engine(
             root,
             [(unit.name, unit.module) for unit in found.units],
@@ -82,6 +95,18 @@ class Session:
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
+        )
+
+    def _make_updates(self) -> UpdateStage | None:
+        """The stage that splits optimizer steps; None where they stay whole."""
+        hostile, setting = self.config.adversary, self.config.update
+        gains_nothing = self._engine.lanes.shares_memory and hostile is None
+        if setting == "at_once" or (setting == "auto" and gains_nothing):
+            return None
+        return UpdateStage(
+            self._engine,
+            max_delay_ms=hostile.max_delay_ms if hostile is not None else 0.0,
+            seed=hostile.seed if hostile is not None else 0,
         )
 
     # -- steps
@@ -126,12 +151,23 @@ class Session:
         self._backward_scope.close()
 
     def _begin_training_step(self) -> None:
+        if self._num_steps == _NUM_COUNTED_STEPS and self.config.resident == "auto":
+            self._use_spare_memory()
         if self._num_steps == self.config.record_step:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
         self._engine.on_boundary = self._meter.sample if self._is_counted() else None
+
+    def _use_spare_memory(self) -> None:
+        """Let units stay in what the first steps left of the budget."""
+        peak = self._meter.peak
+        used = peak.total + peak.activations // _MARGIN
+        count = choose_residents(None, self.k, self._need, self._budget, used)
+        if count:
+            self.num_resident += count
+            self._engine.keep_resident(count)
 
     def _finish_step(self) -> None:
         """Close the books of the training step before, if one is open."""
@@ -169,7 +205,7 @@ class Session:
             f"{len(promotions)} parameters ({naturalsize(num_bytes, binary=True)}) of units {names} are read outside "
             f"their unit (by {promotions[0].function}): from now on they have a permanent copy on the device."
         )
-        extra = self._need.total(self.k) + num_bytes
+        extra = self._need.total(self.k + self.num_resident) + num_bytes
         if self._budget is not None and extra > self._budget:
             raise BudgetError(
                 f"{message} That makes {naturalsize(extra, binary=True)}, but device_memory allows "
@@ -185,8 +221,44 @@ class Session:
         return not is_separate(self.device)
 
     def attend(self, optimizers: Iterable[Optimizer]) -> None:
-        """Count these optimizers' states in the report."""
-        self._optimizers = list(optimizers)
+        """Take those of these optimizers that hold parameters of the module as its own: their states count in the
+        report, their steps are split.
+        """
+        own = {id(parameter) for parameter in self._root.parameters()}
+        self._optimizers = [
+            optimizer
+            for optimizer in optimizers
+            if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+        ]
+        whole = [] if self._updates is None else self._updates.attend(self._optimizers)
+        for name in set(whole) - self._whole:
+            warnings.warn(
+                f"{name} is not known to update each parameter by itself: its step runs as a whole.",
+                SuperpipeWarning,
+                stacklevel=3,
+            )
+        self._whole |= set(whole)
+
+    @contextlib.contextmanager
+    def updating_in_backward(self, optimizer: Optimizer) -> Iterator[None]:
+        """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
+        if self._updates is None:
+            yield
+            return
+        self._updates.announce(optimizer)
+        try:
+            yield
+        except BaseException:
+            if names := self._updates.withdraw():
+                warnings.warn(
+                    f"the step was interrupted after {len(names)} of {len(self.units)} units had been updated "
+                    f"({names[0]} first): weights are not those of a finished step. Go on from the last checkpoint, or "
+                    "use update='after_backward'.",
+                    SuperpipeWarning,
+                    stacklevel=2,
+                )
+            raise
+        self._updates.withdraw()
 
     def streams(self, model: nn.Module) -> bool:
         """Whether this is the session of a module."""
@@ -206,9 +278,11 @@ class Session:
         if self._final_report is not None:
             return
         self._finish_step()
+        if self._updates is not None:
+            self._updates.close()
         self._final_report = self.report()
         self._engine.close()
-        del self._engine, self._meter, self._root, self._optimizers, self._tier
+        del self._updates, self._engine, self._meter, self._root, self._optimizers, self._tier
 
     # -- report
 
@@ -216,15 +290,17 @@ class Session:
         """What streaming cost and saved so far."""
         if self._final_report is not None:
             return self._final_report
-        static = self._need.total(self.k) - self._need.gradient_bytes
+        num_slots = self.k + self.num_resident
+        static = self._need.total(num_slots) - self._need.gradient_bytes
         peak = self._meter.peak
         if not peak.total:
-            slots = self.k * self._need.slot_bytes
+            slots = num_slots * self._need.slot_bytes
             peak = peak._replace(slots=slots, anchors=static - slots)
         weights, gradients, states = self._training_state()
         return Report(
             k=self.k,
             k_prime=self.k_prime,
+            num_resident=self.num_resident,
             num_units=len(self._engine.units),
             num_steps=self._num_steps,
             peak=peak,
@@ -268,7 +344,8 @@ def _memory_need(root: nn.Module, found: Partition, *, trains: bool) -> MemoryNe
     largest = max(sizes, key=lambda name: sizes[name])
     anchors = sum(p.nbytes for p in root.parameters() if id(p) in found.anchors and not nn.parameter.is_lazy(p))
     buffers = sum(buffer.nbytes for buffer in root.buffers())
-    return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains)
+    trained = max(trained_bytes_of(unit.module, found.anchors) for unit in found.units)
+    return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains, trained_bytes=trained)
 
 
 def _make_lanes(config: SuperpipeConfig, device: torch.device, hostile: Adversary) -> Lanes:

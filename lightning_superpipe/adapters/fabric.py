@@ -10,6 +10,7 @@ from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.strategies.single_device import SingleDeviceStrategy
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_superpipe.adapters.checkpoint import CheckpointMixin
 from lightning_superpipe.adapters.materialize import materialize
@@ -50,6 +51,7 @@ class FabricSuperpipeStrategy(SingleDeviceStrategy):
         # Fabric fills this in, but only where it exists.
         self.parallel_devices = parallel_devices
         self._sessions: list[Session] = []
+        self._optimizers: list[Optimizer] = []
 
     @property
     def root_device(self) -> torch.device:
@@ -73,7 +75,18 @@ class FabricSuperpipeStrategy(SingleDeviceStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         materialize(module)
         self._sessions.append(Session(module, self.config, self.root_device, trains=True, owns_root=True))
+        self._attend()
         return module
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Split the optimizer's steps by the units of its modules, whichever of them is set up first."""
+        self._optimizers.append(optimizer)
+        self._attend()
+        return super().setup_optimizer(optimizer)
+
+    def _attend(self) -> None:
+        for session in self._sessions:
+            session.attend(self._optimizers)
 
     def report(self, index: int = 0) -> Report:
         """What streaming cost and saved, for the module that was set up as number ``index``.
@@ -89,6 +102,7 @@ class FabricSuperpipeStrategy(SingleDeviceStrategy):
         """Give all modules back as they were, with their current weights."""
         while self._sessions:
             self._sessions.pop().close()
+        self._optimizers.clear()
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

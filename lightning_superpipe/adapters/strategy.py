@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_undisturbed, turns_undisturbed
 from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
+from lightning_superpipe.adapters.gradient_readers import gradient_readers, refuse_in_backward
 from lightning_superpipe.adapters.materialize import materialize
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
@@ -60,6 +61,7 @@ class SuperpipeMixin(OneDeviceMixin):
         self._last_session: Session | None = None
         self._fused = FusedChoice()
         self._said: set[str] = set()
+        self._updates_in_backward = False
 
     # -- what users ask
 
@@ -104,8 +106,14 @@ class SuperpipeMixin(OneDeviceMixin):
         with self._at_home():
             super().setup(trainer)
         if trainer.training:  # otherwise the optimizers are those of an earlier fit
-            self._require_session().attend(self.optimizers)
+            self._choose_update(trainer)
             self._choose_fused()
+
+    def _choose_update(self, trainer: Any) -> None:
+        self._require_session().attend(self.optimizers)
+        readers = list(gradient_readers(trainer))
+        refuse_in_backward(self.config.update, readers)
+        self._updates_in_backward = self.config.update in ("auto", "in_backward") and not readers
 
     def model_to_device(self) -> None:
         """Let the module know where it computes; its parameters stay on the host."""
@@ -180,6 +188,12 @@ class SuperpipeMixin(OneDeviceMixin):
             self._session.end_backward()
 
     # -- optimizers and checkpoints
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        if self._session is None or not self._updates_in_backward:
+            return super().optimizer_step(optimizer, closure, *args, **kwargs)
+        with self._session.updating_in_backward(optimizer):
+            return super().optimizer_step(optimizer, closure, *args, **kwargs)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         materialize(self.lightning_module)  # Lightning loads before it calls setup

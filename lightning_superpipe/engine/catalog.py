@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_superpipe.engine.anchors import Anchors
 from lightning_superpipe.engine.unit import Unit
@@ -63,6 +64,14 @@ class Catalog:
         """The unit and index of a streamed host parameter; None for any other tensor."""
         return self._hosts.get(id(tensor))
 
+    def written_by(self, optimizer: Optimizer) -> list[Unit] | None:
+        """The units that a step of an optimizer changes; None for one that may write to what it was not given."""
+        if type(optimizer).__module__.partition(".")[0] != "torch":
+            return None
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        found = (self._hosts.get(id(p)) for p in parameters if p.requires_grad or p.grad is not None)
+        return list({one[0].index: one[0] for one in found if one is not None}.values())
+
     def host_of(self, tensor: object) -> nn.Parameter | None:
         """The host parameter of a twin, be it a unit's or an anchor's; None for any other tensor."""
         found = self.unit_of_twin(tensor)
@@ -75,6 +84,14 @@ class Catalog:
     def is_buffer(self, value: object) -> bool:
         """Whether a value is a host buffer of the module."""
         return id(value) in self._buffers
+
+    def lowest_trained(self, units: Sequence[Unit]) -> int:
+        """The first unit with anything to train: backward needs none below, unless anchors down there are trained."""
+        root = self._root()
+        if root is None or any(p.requires_grad for p in root.parameters() if id(p) in self._anchors.reasons):
+            return 0
+        trained = (unit.index for unit in units if any(p.requires_grad for p in unit.parameters))
+        return next(trained, len(units))
 
     # -- reads and writes outside units
 

@@ -31,9 +31,9 @@ from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.tokens import SavedTensors
 from lightning_superpipe.engine.twins import make_twin
-from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.engine.unit import Unit, trained_bytes_of
 from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
-from lightning_superpipe.planning import Action, Op
+from lightning_superpipe.planning import Action, Op, spread
 from lightning_superpipe.tiers import Tier
 
 __all__ = ["Engine", "Window"]
@@ -41,12 +41,17 @@ __all__ = ["Engine", "Window"]
 
 @dataclass(frozen=True)
 class Window:
-    """How units move through slots, and how hostile the slots are (see the configuration)."""
+    """How units move through slots, and how hostile the slots are (see the configuration).
+
+    Attributes:
+        num_resident: units that stay beside the ``k``, evenly spread.
+    """
 
     k: int
     k_prime: int
     poison: bool = False
     slot_seed: int | None = None
+    num_resident: int = 0
 
 
 class Engine:
@@ -99,12 +104,16 @@ class Engine:
         self.catalog = Catalog(root, self.anchors)
         self.units = [Unit(i, name, module, anchors, self._make_twin) for i, (name, module) in enumerate(units)]
         slot_bytes = max(unit.num_bytes for unit in self.units)
-        self.slots = SlotPool(self.device, window.k, slot_bytes, poison=window.poison, seed=window.slot_seed)
+        num_slots = window.k + window.num_resident
+        self.slots = SlotPool(self.device, num_slots, slot_bytes, poison=window.poison, seed=window.slot_seed)
         self.casts = Casts(self.device)
         self.note_dtypes()
-        self.follower = Follower(len(self.units), window.k, window.k_prime)
+        self.num_resident = window.num_resident
+        keep = spread(range(len(self.units)), window.num_resident)
+        self.follower = Follower(len(self.units), num_slots, window.k_prime, keep)
         self.residency = Residency(self.units, self.slots, lanes, self.follower, self.casts, self._unbind)
-        self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * slot_bytes, pin=pin)
+        trained = max(trained_bytes_of(unit.module, anchors) for unit in self.units)
+        self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * trained, pin=pin)
         self.saved = SavedTensors(self)
         self.outside = Outside(self.device, self.anchors, self.catalog, self.residency, self.saved, self.recover)
         self._installation = Installation(self, root, tier, root_scope=root_scope)
@@ -213,6 +222,13 @@ class Engine:
 
     # -- steps
 
+    def keep_resident(self, count: int) -> None:
+        """Let as many more units stay on the device, from the next step on."""
+        self.slots.extend(count)
+        num_slots = len(self.slots.slots)
+        self.num_resident += count
+        self.follower.widen(num_slots, spread(range(len(self.units)), self.num_resident))
+
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
         """Scope of one training step (its forward, at least) or one evaluation step.
@@ -254,6 +270,8 @@ class Engine:
             self.invalidate()
         self.catalog.survey()
         self.residency.drop_stale()
+        if not self.follower.knows(mode):
+            self.follower.lowest = self.catalog.lowest_trained(self.units)
         self._is_in_step, self._is_evaluation = True, mode != TRAIN
         resident = self.residency.resident()
         self.residency.move(self.follower.begin(mode, resident, next_is_same=is_undisturbed))
@@ -337,7 +355,11 @@ class Engine:
         self._is_in_step = self._is_evaluation = False
         self.follower.end()
 
-    # -- what watches, tokens and owners ask
+    # -- what watches, tokens, owners and the update stage ask
+
+    def units_by_need(self) -> list[Unit]:
+        """All units, those first that the next training step is expected to need first."""
+        return [self.units[index] for index in self.follower.first_needed()]
 
     def unit_of_twin(self, tensor: Tensor) -> tuple[Unit, int] | None:
         return self.catalog.unit_of_twin(tensor)

@@ -19,13 +19,19 @@ class Follower:
     step deviates, the plan is made anew from the point where the order goes on; what is unknown is left to loading on
     demand. All of it is a hint: nothing here can make a number wrong.
 
+    Args:
+        k: slots.
+        keep: units that stay on the device once they are there, while training; evaluation chooses for itself.
+
     Attributes:
+        lowest: the first unit with anything to train.
         plan: the one in force; None before the first step.
         num_deviations: uses that were not the expected next ones.
     """
 
-    def __init__(self, num_units: int, k: int, k_prime: int) -> None:
-        self._num_units, self._k, self._k_prime = num_units, k, k_prime
+    def __init__(self, num_units: int, k: int, k_prime: int, keep: frozenset[int] = frozenset()) -> None:
+        self._num_units, self._k, self._k_prime, self._keep = num_units, k, k_prime, keep
+        self.lowest = 0
         self._known: dict[str, tuple[Action, ...]] = {}
         self._mode: str | None = None
         self._trace: list[Action] = []
@@ -36,6 +42,14 @@ class Follower:
         self.plan: Plan | None = None
         self.num_deviations = 0
 
+    def knows(self, mode: str) -> bool:
+        """Whether a step of this mode has been seen."""
+        return mode in self._known
+
+    def widen(self, k: int, keep: frozenset[int]) -> None:
+        """Use more slots and keep other units, from the next plan on."""
+        self._k, self._keep = k, keep
+
     def begin(self, mode: str, resident: Iterable[int], *, next_is_same: bool) -> list[Action]:
         """Start a step; return what to move before its first use.
 
@@ -44,13 +58,15 @@ class Follower:
             next_is_same: the following step may use what this one leaves on the device.
         """
         self.end()
-        guess = training_order if mode == TRAIN else forward_order
         self._mode = mode
-        self._order = self._known.get(mode) or guess(self._num_units)
+        self._order = self._known.get(mode) or self._guess(mode)
         self._may_look_ahead = next_is_same and mode != TRAIN
         self._position = 0
         self._lower(resident)
         return self._due()
+
+    def _guess(self, mode: str) -> tuple[Action, ...]:
+        return training_order(self._num_units, self.lowest) if mode == TRAIN else forward_order(self._num_units)
 
     def end(self) -> None:
         """Close the step: its order is what the next step of this mode is expected to do."""
@@ -88,6 +104,15 @@ class Follower:
             distance.setdefault(use.unit, steps)
         return distance
 
+    def num_forwards(self, unit: int) -> int:
+        """How many times a unit has computed its forward in this step."""
+        return self._trace.count(Action(Op.FORWARD, unit))
+
+    def first_needed(self) -> tuple[int, ...]:
+        """All units, in the order in which a training step is expected to need them for the first time."""
+        order = self._trace if self._mode == TRAIN and self._trace else self._known.get(TRAIN, ())
+        return tuple(dict.fromkeys((*(use.unit for use in order), *range(self._num_units))))
+
     def _resume_at(self, use: Action, resident: Callable[[], Iterable[int]]) -> list[Action]:
         self.num_deviations += 1
         found = _find(self._order, use, self._position)
@@ -105,7 +130,7 @@ class Follower:
     def _lower(self, resident: Iterable[int]) -> None:
         order = self._order[self._position :]
         is_forward_only = all(use.op is Op.FORWARD for use in order)
-        keep = forward_keep(order, self._k, self._k_prime) if is_forward_only else frozenset[int]()
+        keep = forward_keep(order, self._k, self._k_prime) if is_forward_only else self._keep
         self.plan = lower_window(
             order,
             k=self._k,

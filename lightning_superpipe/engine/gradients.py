@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_superpipe.engine.lanes import Copy, HostLane, Label, Lanes, now
+from lightning_superpipe.engine.host_lane import HostLane, Past
+from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, now
 from lightning_superpipe.engine.slots import storage_use_count
 from lightning_superpipe.engine.unit import lay_out
 from lightning_superpipe.observe.trace import Lane
@@ -52,6 +53,7 @@ class GradientReturn:
         self._batch_label: Label | None = None
         self.in_flight_bytes = 0
         self.peak_in_flight_bytes = 0
+        self.on_home: Callable[[int, list[nn.Parameter], Event], None] | None = None
 
     def add_group(self, parameters: Sequence[nn.Parameter]) -> None:
         """Let the gradients of these parameters share one slab, taken when the first of them arrives."""
@@ -86,15 +88,23 @@ class GradientReturn:
         if label is None:
             return
         self._batch, self._batch_label = [], None
+        parameters = [shipment.parameter for shipment in batch]
         if self._lanes.shares_memory:
             self._lanes.hand_over(self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
+            self._tell(label, parameters, Past())
             return
         copies = [Copy(shipment.landing, shipment.gradient) for shipment in batch]
         done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=label)
         # The job holds the device gradients until their copies are done: autograd may reuse the memory after that only
         # (test_gradient_is_held_until_its_copy_is_done).
-        self._host.submit(partial(self._publish, batch, label), after=done)
+        landed = self._host.submit(partial(self._publish, batch, label), after=done)
+        del batch
+        self._tell(label, parameters, landed)
+
+    def _tell(self, label: Label, parameters: list[nn.Parameter], landed: Event) -> None:
+        if self.on_home is not None:
+            self.on_home(label.unit, parameters, landed)
 
     def finish(self) -> None:
         """Block until every gradient shipped so far is complete on the host.
@@ -113,6 +123,7 @@ class GradientReturn:
         """Do what autograd does without us; a second copy in the same memory would only cost time."""
         accumulate(parameter, gradient)
         self._batch_label = label
+        self._batch.append(_Shipment(parameter, gradient, gradient))
         self._count(gradient.nbytes)
 
     def _publish(self, batch: Sequence[_Shipment], label: Label) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_superpipe.engine.backend import storage_address
@@ -79,11 +80,13 @@ class Installation:
             tensors = [*self._root.parameters(), *self._root.buffers()]
             owners = Counter(storage_key(tensor) for tensor in tensors if storage_address(tensor) is not None)
         for unit in straying:
+            unit.settle()
             unit.adopt(owners)
 
     def rescan(self, unit: Unit) -> None:
         """Read a unit's modules afresh: the user changed them, or some of its parameters became anchors."""
         engine = self._engine
+        unit.settle()
         if unit.slot is not None:
             engine.residency.evict(unit)
         for module in unit.members.values():
@@ -119,9 +122,11 @@ def _hook_optimizers(engine: Engine) -> list[Any]:
         if (engine := engine_ref()) is not None:
             engine.fence_host_reads()
 
-    def after(*_: Any) -> None:
+    def after(optimizer: Optimizer, *_: Any) -> None:
         if (engine := engine_ref()) is not None:
-            engine.residency.epoch += 1
+            written = engine.catalog.written_by(optimizer)
+            for unit in engine.units if written is None else written:
+                unit.epoch += 1
             engine.anchors.epoch += 1
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]

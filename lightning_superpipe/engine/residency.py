@@ -25,7 +25,6 @@ class Residency:
         unbind: takes a unit's twins out of its modules; called before its slot is given away.
 
     Attributes:
-        epoch: optimizer steps so far; a unit loaded in an earlier epoch is stale.
         last_copy: end of the newest copy that reads host memory.
         num_loads: copies of a unit to the device.
         num_plan_misses: loads that no plan had asked for, when their unit was needed.
@@ -45,7 +44,6 @@ class Residency:
     ) -> None:
         self.units, self.slots, self.lanes, self.follower, self._unbind = units, slots, lanes, follower, unbind
         self._casts = casts
-        self.epoch = 0
         self.last_copy: Event | None = None
         self.num_loads = self.num_plan_misses = self.num_spills = self.num_copied_back = self.num_stashed = 0
         self._last_slot: dict[int, Slot] = {}
@@ -56,7 +54,7 @@ class Residency:
 
     def is_fresh(self, unit: Unit) -> bool:
         """Whether a loaded unit still equals the host's bytes. One that computes now may not change under its feet."""
-        return unit.num_active > 0 or unit.stamp == unit.current_stamp(self.epoch)
+        return unit.num_active > 0 or unit.stamp == unit.current_stamp()
 
     def drop_stale(self) -> None:
         """Evict every unit whose host bytes have changed since it was loaded."""
@@ -86,6 +84,7 @@ class Residency:
         if unit.arrival is not None:
             self.lanes.compute_waits(unit.arrival, unit.index)
             unit.arrival = None
+        unit.settle()  # it has passed, or the copy could not have arrived
         self._casts.fill(unit)
 
     def _make_room(self, unit: Unit) -> None:
@@ -104,16 +103,20 @@ class Residency:
         with raw_tensors():
             self._move_twins(unit, slot)
             copies = unit.copies_to(slot) + self._copies_to_stashed(unit)
-        after = [slot.free_after] if slot.free_after is not None else []
+        pending = unit.pending
+        fences = (slot.free_after, None if pending is None else pending.done)
+        after = [event for event in fences if event is not None]
         unit.arrival = self.last_copy = self.lanes.h2d(copies, after=after, label=Label("P", unit.index, unit.name))
-        unit.stamp = unit.current_stamp(self.epoch)
+        unit.stamp = unit.current_stamp()
         unit.versions = unit.twin_versions()
-        unit.host_versions = [host._version for host in unit.parameters]
+        if pending is None:
+            unit.host_versions = [host._version for host in unit.parameters]
         self.num_loads += 1
 
     def _copies_to_stashed(self, unit: Unit) -> list[Copy]:
         """What to copy into twins that own their memory; graphs that hold one see a new version, as without us."""
         for index in unit.has_own_storage:
+            unit.settle()  # the version says whether graphs may go on
             if unit.parameters[index]._version != unit.host_versions[index]:
                 torch.autograd.graph.increment_version(unit.twin(index))
         return [Copy(unit.twin(index).data, unit.parameters[index].data) for index in sorted(unit.has_own_storage)]

@@ -19,7 +19,7 @@ ALIGNMENT = 256
 
 
 def storage_use_count(tensor: Tensor) -> int:
-    """How many owners the tensor's storage has in C++ (tensors, views, graphs)."""
+    """How many owners the tensor's storage has in C++ (tensors, views, graphs), and one more that asks."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
@@ -130,6 +130,13 @@ class SlotPool:
         slot._replace(buffer)
         self._by_address[slot.address] = slot
         self.num_escapes += 1
+
+    def extend(self, count: int) -> None:
+        """Add slots."""
+        added = [Slot(len(self.slots) + index, self._allocate()) for index in range(count)]
+        self.slots += added
+        self._free += added
+        self._by_address |= {slot.address: slot for slot in added}
 
     def resize(self, slot_bytes: int) -> None:
         """Give every slot new memory of another size; all must be free."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_superpipe.config import Link
+from lightning_superpipe.engine.host_lane import HostEvent, Past
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, Mark, now
 from lightning_superpipe.errors import TransferError
 from lightning_superpipe.observe.trace import Lane, Recorder
@@ -19,40 +20,11 @@ from lightning_superpipe.observe.trace import Lane, Recorder
 __all__ = ["ThreadLanes"]
 
 
-class ThreadEvent:
-    """A point in a copy thread's work; carries the error of the copy that it ends."""
-
-    def __init__(self) -> None:
-        self._passed = threading.Event()
-        self.error: TransferError | None = None
-
-    def query(self) -> bool:
-        return self._passed.is_set()
-
-    def synchronize(self) -> None:
-        self._passed.wait()
-        if self.error is not None:
-            raise self.error
-
-    def set(self) -> None:
-        self._passed.set()
-
-
-class _Past:
-    """The event of work that was done before anyone could ask."""
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return
-
-
 class _Job(NamedTuple):
     copies: Sequence[Copy]
     after: Sequence[Event]
     label: Label
-    done: ThreadEvent
+    done: HostEvent
 
 
 class ThreadLanes(Lanes):
@@ -73,7 +45,7 @@ class ThreadLanes(Lanes):
         self._seed = seed
         self._queues: dict[Lane, queue.SimpleQueue[_Job | None]] = {}
         self._threads: list[threading.Thread] = []
-        self._last: dict[Lane, ThreadEvent] = {}
+        self._last: dict[Lane, HostEvent] = {}
         self._stall_seconds = 0.0
 
     def _queue(self, lane: Lane, copies: Sequence[Copy], after: Sequence[Event], label: Label) -> Event:
@@ -82,12 +54,12 @@ class ThreadLanes(Lanes):
             thread = threading.Thread(target=self._work, args=(lane,), name=f"superpipe-{lane.value}", daemon=True)
             thread.start()
             self._threads.append(thread)
-        done = self._last[lane] = ThreadEvent()
+        done = self._last[lane] = HostEvent()
         self._queues[lane].put(_Job(copies, after, label, done))
         return done
 
     def compute_event(self) -> Event:
-        return _Past()
+        return Past()
 
     def compute_waits(self, event: Event, unit: int) -> None:
         if event.query():

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Copy, Event
+from lightning_superpipe.engine.pending import Pending, unfenced
 from lightning_superpipe.engine.slots import ALIGNMENT, Slot, storage_key, storage_use_count
 from lightning_superpipe.partition import is_streamable
 from lightning_superpipe.tiers import Slab, Tier
 
-__all__ = ["Site", "Unit", "graph_reference", "lay_out", "num_owners", "slot_bytes_of"]
+__all__ = ["Site", "Unit", "graph_reference", "lay_out", "num_owners", "slot_bytes_of", "trained_bytes_of"]
 
 
 class Site(NamedTuple):
@@ -37,7 +38,8 @@ class Unit:
     """The smallest thing moved.
 
     A unit is *loaded* while it owns a slot, *arrived* once compute waits for no copy of it, and *bound* while its
-    modules hold twins. Bound implies loaded. ``num_active`` counts its calls on the call stack.
+    modules hold twins. Bound implies loaded. ``num_active`` counts its calls on the call stack. ``epoch`` counts the
+    optimizer steps that changed it; ``pending`` is the update under way, if there is one.
 
     Args:
         index: position among the units, in registration order.
@@ -60,7 +62,9 @@ class Unit:
         self.arrival: Event | None = None
         self.num_active = 0
         self.is_bound = False
-        self.stamp: tuple[object, ...] | None = None
+        self.stamp: tuple[object, ...] | Pending | None = None
+        self.epoch = 0
+        self.pending: Pending | None = None
         self._slab: Slab | None = None
         self.twins: list[nn.Parameter | None] = []
         self.scan()
@@ -104,7 +108,8 @@ class Unit:
         """Whether modules, parameters and twins are still those of the last scan."""
         if _signature(self.registered()) != self._signature:
             return False
-        return [_layout(parameter) for parameter in self.parameters] == self._layouts
+        with unfenced():
+            return [_layout(parameter) for parameter in self.parameters] == self._layouts
 
     # -- host bytes
 
@@ -116,11 +121,12 @@ class Unit:
         """Parameters whose bytes are not in the unit's slab: at first all, later those with a new ``p.data``."""
         assert self._slab is not None, "reserve() comes first"
         base = self._slab.bytes.data_ptr()
-        return [
-            index
-            for index, (parameter, offset) in enumerate(zip(self.parameters, self.offsets, strict=True))
-            if parameter.numel() and parameter.data_ptr() != base + offset
-        ]
+        with unfenced():
+            return [
+                index
+                for index, (parameter, offset) in enumerate(zip(self.parameters, self.offsets, strict=True))
+                if parameter.numel() and parameter.data_ptr() != base + offset
+            ]
 
     def adopt(self, owners: Mapping[int, int] | None) -> None:
         """Move the bytes of stray host parameters into the slab; the parameter objects stay.
@@ -149,12 +155,35 @@ class Unit:
             copies.insert(0, Copy(slot.buffer[: self.num_bytes], self._slab.bytes))
         return copies
 
-    def current_stamp(self, epoch: int) -> tuple[object, ...]:
+    def current_stamp(self) -> tuple[object, ...] | Pending:
         """Equal stamps mean equal host bytes: optimizer steps so far, and each tensor's version and address.
 
-        Versions alone do not do: fused optimizers leave them as they are (test_fused_steps_inside_one_step).
+        Versions alone do not do: fused optimizers leave them as they are (test_fused_steps_inside_one_step). While an
+        update is under way it is the stamp itself: copies are queued behind it.
         """
-        return (epoch, *((p._version, p.data_ptr()) for p in self.parameters))
+        if self.pending is not None:
+            return self.pending
+        return (self.epoch, *((p._version, p.data_ptr()) for p in self.parameters))
+
+    # -- updates
+
+    def settle(self) -> None:
+        """Block until no update of the unit is under way.
+
+        Raises:
+            What the update raised.
+        """
+        if self.pending is not None:
+            self.pending.settle()
+
+    def note_settled(self, pending: Pending) -> None:
+        """The update is done: what was copied behind it is up to date, unless somebody writes from now on."""
+        if self.pending is pending:
+            self.pending = None
+            self.epoch += 1
+            if self.stamp is pending:
+                self.stamp = self.current_stamp()
+                self.host_versions = [host._version for host in self.parameters]
 
     # -- twins
 
@@ -282,6 +311,12 @@ def lay_out(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
 def slot_bytes_of(module: nn.Module, anchors: Container[int]) -> int:
     """Bytes of the slot that a module needs as a unit."""
     return lay_out([p for p in module.parameters() if id(p) not in anchors and is_streamable(p)])[1]
+
+
+def trained_bytes_of(module: nn.Module, anchors: Container[int]) -> int:
+    """Bytes of the gradients that a module makes as a unit."""
+    parameters = [p for p in module.parameters() if id(p) not in anchors and is_streamable(p)]
+    return lay_out([p for p in parameters if p.requires_grad])[1]
 
 
 def _derived_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -72,6 +72,7 @@ class Report:
     Attributes:
         k: most units on the device at once.
         k_prime: units moved per transfer.
+        num_resident: units that stayed on the device beside those.
         num_units: units of the model.
         num_steps: training steps so far.
         peak: device bytes by kind at the peak.
@@ -86,6 +87,7 @@ class Report:
 
     k: int
     k_prime: int
+    num_resident: int
     num_units: int
     num_steps: int
     peak: PeakBytes
@@ -131,7 +133,16 @@ class Report:
         """Return all numbers by name, for a logger: totals under their own names, the last step as ``last_step_*``."""
         sizes = {f"peak_{kind}_bytes": size for kind, size in self.peak._asdict().items()}
         last = {f"last_step_{name}": count for name, count in asdict(self.last_step).items()}
-        names = ("k", "k_prime", "num_units", "num_steps", "peak_device_bytes", "resident_bytes", "host_bytes")
+        names = (
+            "k",
+            "k_prime",
+            "num_resident",
+            "num_units",
+            "num_steps",
+            "peak_device_bytes",
+            "resident_bytes",
+            "host_bytes",
+        )
         own = {name: getattr(self, name) for name in (*names, "unit_overhead_us", "emulated")}
         return {prefix + name: float(value) for name, value in {**own, **sizes, **asdict(self.total), **last}.items()}
 
@@ -149,6 +160,7 @@ class Report:
     def _headline(self) -> Text:
         where = f"{self.device} (emulated link and memory)" if self.emulated else self.device
         window = f"k={self.k} of {self.num_units} units, k'={self.k_prime}"
+        window += f", {self.num_resident} resident" if self.num_resident else ""
         return Text.assemble(("superpipe", "bold"), f" on {where}: {window}, {self.num_steps} steps")
 
     def _memory_table(self) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_superpipe.planning.actions import Action, Op, Order, Plan, Use, format_actions, parse_actions
 from lightning_superpipe.planning.check import check_plan, residency
 from lightning_superpipe.planning.cost import loads_forward, loads_training, loads_unchanged
-from lightning_superpipe.planning.lower import forward_keep, lower_window
+from lightning_superpipe.planning.lower import forward_keep, lower_window, spread
 from lightning_superpipe.planning.order import distinct_units, forward_order, training_order
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "lower_window",
     "parse_actions",
     "residency",
+    "spread",
     "training_order",
 ]

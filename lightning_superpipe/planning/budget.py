@@ -8,7 +8,7 @@ from humanize import naturalsize
 
 from lightning_superpipe.errors import BudgetError
 
-__all__ = ["AUTO_K", "MemoryNeed", "choose_k"]
+__all__ = ["AUTO_K", "MemoryNeed", "choose_k", "choose_residents"]
 
 AUTO_K = 3
 """One unit computes, one arrives, one leaves: more slots only help where copies are irregular."""
@@ -26,6 +26,7 @@ class MemoryNeed:
         anchor_bytes: parameters and buffers with a permanent device copy.
         num_units: units of the model.
         trains: gradients need room as well.
+        trained_bytes: of the parameters of one unit that get gradients, at most; None for all of the slot.
     """
 
     slot_bytes: int
@@ -33,11 +34,13 @@ class MemoryNeed:
     anchor_bytes: int
     num_units: int
     trains: bool = True
+    trained_bytes: int | None = None
 
     @property
     def gradient_bytes(self) -> int:
         """Room for gradients on their way home: those of the unit that computes, and of the one before."""
-        return _NUM_GRADIENT_SLOTS * self.slot_bytes if self.trains else 0
+        largest = self.slot_bytes if self.trained_bytes is None else self.trained_bytes
+        return _NUM_GRADIENT_SLOTS * largest if self.trains else 0
 
     def total(self, k: int) -> int:
         """Bytes that a window of ``k`` units needs.
@@ -64,6 +67,35 @@ def choose_k(k: int | None, need: MemoryNeed, budget_bytes: int | None, *, k_pri
     if k is None and fits >= max(1, k_prime):
         return min(asked, fits)
     raise BudgetError(_refusal(asked, need, budget_bytes, fits, k_prime))
+
+
+def choose_residents(asked: int | None, k: int, need: MemoryNeed, budget_bytes: int | None, used_bytes: int) -> int:
+    """Return how many units stay on the device beside the window.
+
+    Args:
+        asked: as many, or those that spare memory holds when None.
+        k: the window.
+        used_bytes: what a step takes without them, activations included, or what is known of it.
+
+    Raises:
+        BudgetError: as many were asked for, but they do not fit.
+
+    >>> need = MemoryNeed(slot_bytes=10, largest_unit="h", anchor_bytes=0, num_units=8)
+    >>> choose_residents(None, 2, need, 100, used_bytes=75), choose_residents(None, 2, need, None, used_bytes=75)
+    (2, 0)
+    """
+    most = need.num_units - k
+    if asked is None:
+        spare = 0 if budget_bytes is None or not need.slot_bytes else (budget_bytes - used_bytes) // need.slot_bytes
+        return max(0, min(most, spare))
+    if budget_bytes is not None and (total := used_bytes + min(asked, most) * need.slot_bytes) > budget_bytes:
+        fits = max(0, (budget_bytes - used_bytes) // need.slot_bytes)
+        raise BudgetError(
+            f"resident={asked} beside k={k} needs {_size(total)} ({total} bytes) of device memory without activations, "
+            f"{_size(need.slot_bytes)} for each; device_memory allows {_size(budget_bytes)} ({budget_bytes} bytes). "
+            f"Use resident<={fits}, or 'auto'."
+        )
+    return min(asked, most)
 
 
 def _refusal(k: int, need: MemoryNeed, budget_bytes: int, fits: int, k_prime: int) -> str:

@@ -15,7 +15,7 @@ It follows that ``k - k_prime`` units are still to compute while a transfer is u
 from __future__ import annotations
 
 from bisect import bisect, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from lightning_superpipe.errors import PlanError
 from lightning_superpipe.planning.actions import Action, Op, Order, Plan, Use
 from lightning_superpipe.planning.order import distinct_units
 
-__all__ = ["forward_keep", "lower_window"]
+__all__ = ["forward_keep", "lower_window", "spread"]
 
 
 def lower_window(
@@ -77,7 +77,16 @@ def forward_keep(order: Order, k: int, k_prime: int) -> frozenset[int]:
     """
     units = distinct_units(order)
     num_kept = max(0, k - min(k, k_prime + 1)) if k < len(units) else 0
-    return frozenset(units[index * len(units) // num_kept] for index in range(num_kept))
+    return spread(units, num_kept)
+
+
+def spread(units: Sequence[int], count: int) -> frozenset[int]:
+    """Return ``count`` of the units, evenly spread.
+
+    >>> sorted(spread(range(9), 3))
+    [0, 3, 6]
+    """
+    return frozenset(units[index * len(units) // count] for index in range(count))
 
 
 class _Request(NamedTuple):

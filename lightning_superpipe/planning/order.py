@@ -22,18 +22,21 @@ def forward_order(num_units: int) -> Order:
     return tuple(Action(Op.FORWARD, unit) for unit in range(num_units))
 
 
-def training_order(num_units: int) -> Order:
+def training_order(num_units: int, lowest: int = 0) -> Order:
     """Return the order of one forward and backward through a chain of units.
+
+    Args:
+        lowest: the first unit with anything to train; backward ends there.
 
     Raises:
         PlanError: a negative number of units.
 
     >>> from lightning_superpipe.planning.actions import format_actions
-    >>> format_actions(training_order(3))
-    'F0 F1 F2 B2 B1 B0'
+    >>> format_actions(training_order(3)), format_actions(training_order(3, lowest=2))
+    ('F0 F1 F2 B2 B1 B0', 'F0 F1 F2 B2')
     """
     forward = forward_order(num_units)
-    return forward + tuple(Action(Op.BACKWARD, unit) for _, unit in reversed(forward))
+    return forward + tuple(Action(Op.BACKWARD, unit) for _, unit in reversed(forward[lowest:]))
 
 
 def distinct_units(order: Order) -> tuple[int, ...]:

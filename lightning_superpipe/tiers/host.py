@@ -33,7 +33,8 @@ class HostSlab(Slab):
         if like.numel() == 0:
             return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
         flat = torch.frombuffer(self._pages, dtype=like.dtype, count=like.numel(), offset=offset)
-        return flat.as_strided(like.size(), like.stride())
+        # Not a view of `flat`: that would be one more owner of the storage, for ever.
+        return torch.empty(0, dtype=like.dtype).set_(flat.untyped_storage(), 0, like.size(), like.stride())
 
     def close(self) -> None:
         if self.pinned:

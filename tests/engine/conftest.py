@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lightning_superpipe.engine.lanes import Event, HostLane
+from lightning_superpipe.engine.host_lane import HostEvent, HostLane
+from lightning_superpipe.engine.lanes import Event
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,9 +25,12 @@ def gradients_land_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let backward wait for each copy, so that peaks are equal from run to run."""
     submit = HostLane.submit
 
-    def submit_and_wait(self: HostLane, job: Callable[[], None], *, after: Event) -> None:
-        submit(self, job, after=after)
+    def submit_and_wait(
+        self: HostLane, job: Callable[[], None], *, after: Event, done: HostEvent | None = None
+    ) -> HostEvent:
+        done = submit(self, job, after=after, done=done)
         del job
         self.wait()
+        return done
 
     monkeypatch.setattr(HostLane, "submit", submit_and_wait)

@@ -13,7 +13,8 @@ from torch import nn
 
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.gradients import GradientReturn
-from lightning_superpipe.engine.lanes import Copy, Event, HostLane, Label, Lanes
+from lightning_superpipe.engine.host_lane import HostEvent, HostLane
+from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import Slot, SlotPool
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
@@ -118,11 +119,13 @@ def without_held_gradient(patch: Patch) -> None:
     """Nobody holds a gradient until its copy is done."""
     submit = HostLane.submit
 
-    def holding_nothing(self: HostLane, job: Callable[[], None], *, after: Event) -> None:
+    def holding_nothing(
+        self: HostLane, job: Callable[[], None], *, after: Event, done: HostEvent | None = None
+    ) -> HostEvent:
         assert isinstance(job, partial)
         batch, label = job.args
         batch = [each._replace(gradient=SimpleNamespace(nbytes=each.gradient.nbytes)) for each in batch]
-        submit(self, partial(job.func, batch, label), after=after)
+        return submit(self, partial(job.func, batch, label), after=after)
 
     patch.setattr(HostLane, "submit", holding_nothing)
 

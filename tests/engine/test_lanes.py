@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lightning_superpipe.config import Link
-from lightning_superpipe.engine.lanes import Copy, HostLane, Label
+from lightning_superpipe.engine.host_lane import HostLane
+from lightning_superpipe.engine.lanes import Copy, Label
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.errors import TransferError
 from lightning_superpipe.observe.trace import Lane

@@ -11,6 +11,7 @@ from lightning_superpipe.observe import PeakBytes, Report, StepCounters
 REPORT = Report(
     k=4,
     k_prime=2,
+    num_resident=0,
     num_units=26,
     num_steps=400,
     peak=PeakBytes(slots=36 << 20, anchors=3 << 20, gradients=24 << 20, activations=55 << 20),

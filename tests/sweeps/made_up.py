@@ -30,6 +30,7 @@ def result(k: int, k_prime: int = 1, *, emulated: bool = True) -> JobResult:
     report = Report(
         k=k,
         k_prime=k_prime,
+        num_resident=0,
         num_units=NUM_UNITS,
         num_steps=4,
         peak=PeakBytes(slots=k * MIB, anchors=MIB // 2, gradients=MIB, activations=3 * MIB),

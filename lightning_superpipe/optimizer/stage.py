@@ -1,0 +1,282 @@
+"""The update stage: when each unit is updated.
+
+A unit may be updated at any time between "its gradient is final" and "its next prefetch". So the step of a separable
+optimizer is split by unit, and the parts run in a thread of their own: as soon as a unit's gradients are home
+(``in_backward``), or after the whole step was asked for, in the order in which the next forward needs the units
+(``after_backward``). Copies of a unit's weights wait for its own part only, and so does everybody else who looks
+(:mod:`lightning_superpipe.engine.pending`). Both are exact; other optimizers run as a whole, when they are asked to.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past
+from lightning_superpipe.engine.lanes import Event, now
+from lightning_superpipe.engine.pending import Pending, may_be_held, settle_before_forks, unfenced
+from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.errors import SuperpipeError
+from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.optimizer.separable import (
+    Member,
+    is_scaled,
+    is_separable,
+    keeps_state,
+    members,
+    narrowed,
+    options,
+    run_for,
+)
+
+__all__ = ["UpdateStage"]
+
+
+@dataclass
+class _Announced:
+    """A step that will follow the backward pass to come, and what has been updated of it."""
+
+    optimizer: Optimizer
+    groups: list[dict[str, Any]]
+    members: dict[int, list[Member]]
+    home: dict[int, Counter[int]] = field(default_factory=dict)
+    updated: dict[int, _Part] = field(default_factory=dict)
+
+
+class _Part:
+    """The part of a step that belongs to one unit; its gradients may still be on their way when it is made."""
+
+    def __init__(self, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]) -> None:
+        self._optimizer, self._groups, self._some = optimizer, groups, some
+        self._step: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+
+    def tensors(self) -> list[Tensor]:
+        """All that the part reads or writes, but for the gradients."""
+        states = (self._optimizer.state.get(parameter, {}).values() for _, parameter in self._some)
+        values = [value for state in states for value in state if isinstance(value, Tensor)]
+        return list({id(tensor): tensor for tensor in [*(m.parameter for m in self._some), *values]}.values())
+
+    def gradients(self) -> list[Tensor | None]:
+        return [member.parameter.grad for member in self._some]
+
+    def take_gradients(self, pending: Pending) -> None:
+        """The gradients are complete: they are the part's from now on, whatever becomes of ``p.grad``."""
+        with self._lock, unfenced():
+            if self._step is None:
+                pending.hold(self.gradients())
+                self._step = narrowed(self._optimizer, self._groups, self._some)
+
+    def run(self, pending: Pending) -> None:
+        self.take_gradients(pending)
+        assert self._step is not None
+        self._step()
+
+
+class UpdateStage:
+    """Splits the steps of optimizers by the units of one engine.
+
+    Args:
+        max_delay_ms: each part starts up to this much later, at random: a missing fence then shows as wrong numbers.
+        seed: of those delays.
+
+    Attributes:
+        num_parts: parts of steps that ran in the thread.
+    """
+
+    def __init__(self, engine: Engine, *, max_delay_ms: float = 0.0, seed: int = 0) -> None:
+        self._engine = engine
+        self._lane = HostLane("superpipe-update")
+        self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
+        self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
+        self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
+        self._announced: _Announced | None = None
+        self._once: set[int] = set()
+        self.num_parts = 0
+        settle_before_forks()
+
+    # -- whose steps
+
+    def attend(self, optimizers: Iterable[Optimizer]) -> list[str]:
+        """Split the steps of these optimizers from now on; return the names of those that cannot be."""
+        whole = []
+        for optimizer in optimizers:
+            if not is_separable(optimizer):
+                whole.append(type(optimizer).__name__)
+            elif optimizer not in self._hooks:
+                self._hooks[optimizer] = [
+                    optimizer.register_step_post_hook(self._after_step),
+                    optimizer.register_step_pre_hook(self._before_step),
+                    optimizer.register_state_dict_pre_hook(self._settle),
+                    optimizer.register_load_state_dict_pre_hook(self._settle),
+                ]
+        return whole
+
+    def _settle(self, optimizer: Optimizer, *_: Any) -> None:
+        """Wait until nothing of an optimizer is under way."""
+        for unit in self._units_of(optimizer):
+            unit.settle()
+
+    def _units_of(self, optimizer: Optimizer) -> list[Unit]:
+        return self._engine.catalog.written_by(optimizer) or []
+
+    # -- a step
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the optimizer hand its step over once its closure has run; hooks of the user's are over by then."""
+        kwargs = dict(kwargs)
+        closure = args[1] if len(args) > 1 else kwargs.pop("closure", None)
+
+        def run_closure() -> Any:
+            loss = closure() if closure is not None else None
+            with torch.no_grad():
+                self._take_over(optimizer)
+            return loss
+
+        return (optimizer, run_closure), kwargs
+
+    def _take_over(self, optimizer: Optimizer) -> None:
+        """Start the parts of a step, and leave nothing to the optimizer itself."""
+        updated = self._end_announced(optimizer)
+        for unit in self._units_of(optimizer):
+            if unit.index not in updated:
+                unit.settle()
+        if is_scaled(optimizer):
+            return
+        everything, groups = members(optimizer), options(optimizer)
+        of_units = self._by_unit(everything)
+        started = {id(member.parameter) for index in updated for member in of_units.get(index, [])}
+        for unit in self._engine.units_by_need():
+            some = of_units.get(unit.index, [])
+            if some and unit.index not in updated and self._may_start(optimizer, some):
+                self._start(unit, _Part(optimizer, groups, some), after=Past())
+                started.update(id(member.parameter) for member in some)
+        # In the optimizer's own order: it is that of new states in checkpoints.
+        run_for(optimizer, [member for member in everything if id(member.parameter) not in started])
+        self._set_aside[optimizer] = optimizer.param_groups
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._hooks[optimizer][0].id, last=False)
+        optimizer.param_groups = []  # given back by the first hook behind the step
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if (groups := self._set_aside.pop(optimizer, None)) is not None:
+            optimizer.param_groups = groups
+
+    def _by_unit(self, everything: Iterable[Member]) -> dict[int, list[Member]]:
+        """Return the members of each unit; those outside units belong to none."""
+        of_units: dict[int, list[Member]] = {}
+        for member in everything:
+            if (found := self._engine.catalog.unit_of_host(member.parameter)) is not None:
+                of_units.setdefault(found[0].index, []).append(member)
+        return of_units
+
+    def _may_start(self, optimizer: Optimizer, some: Sequence[Member]) -> bool:
+        """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
+        if not all(keeps_state(optimizer, member) for member in some):
+            return False
+        part = _Part(optimizer, [], some)
+        return may_be_held([*part.tensors(), *(gradient for gradient in part.gradients() if gradient is not None)])
+
+    def _start(self, unit: Unit, part: _Part, *, after: Event) -> None:
+        """Run a part in the thread, after an event that completes its gradients."""
+        delay, lanes, done = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes, HostEvent()
+        pending = unit.pending = Pending(part.tensors(), done, unit.note_settled)
+        if isinstance(after, Past):
+            part.take_gradients(pending)
+
+        def update() -> None:
+            time.sleep(delay)
+            with unfenced(), torch.no_grad():
+                start = now()
+                part.run(pending)
+                if lanes.recorder is not None:
+                    lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
+
+        self.num_parts += 1
+        self._lane.submit(update, after=after, done=done)
+
+    # -- in backward
+
+    def announce(self, optimizer: Optimizer) -> None:
+        """Promise that the next backward pass is the last before a step of this optimizer, and that nobody looks at
+        gradients in between: each unit may be updated as soon as its gradients are home.
+        """
+        if optimizer not in self._hooks:
+            return
+        everything = [
+            Member(index, parameter)
+            for index, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+            if parameter.requires_grad or parameter.grad is not None
+        ]
+        self._announced = _Announced(optimizer, options(optimizer), self._by_unit(everything))
+        self._engine.gradients.on_home = self._note_home
+
+    def withdraw(self) -> list[str]:
+        """No step follows any more; return the names of units that have been updated all the same."""
+        updated = self._end_announced()
+        for index in updated:
+            self._engine.units[index].settle()
+        return [self._engine.units[index].name for index in sorted(updated)]
+
+    def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, _Part]:
+        """The backward pass is over, and with it the gradients are complete; return what has been updated."""
+        announced, self._announced = self._announced, None
+        self._engine.gradients.on_home = None
+        if announced is not None:
+            self._once = {index for index, home in announced.home.items() if max(home.values()) == 1}
+        if announced is None or optimizer not in (None, announced.optimizer):
+            return {}
+        for index, part in announced.updated.items():
+            if (pending := self._engine.units[index].pending) is not None and optimizer is not None:
+                part.take_gradients(pending)
+        return announced.updated
+
+    def _note_home(self, index: int, parameters: Iterable[nn.Parameter], landed: Event) -> None:
+        """Gradients of a unit are on their way home and complete once ``landed`` has passed."""
+        announced = self._announced
+        if announced is None or index not in announced.members:
+            return
+        unit, some = self._engine.units[index], announced.members[index]
+        if index in announced.updated:
+            raise SuperpipeError(
+                f"unit {unit.name!r} got gradients twice before one step, but was updated after the first: use "
+                "update='after_backward'."
+            )
+        home = announced.home.setdefault(index, Counter())
+        home.update(id(parameter) for parameter in parameters)
+        is_complete = all(id(member.parameter) in home for member in some) and self._comes_once(index)
+        if is_complete and self._may_start(announced.optimizer, some):
+            part = announced.updated[index] = _Part(announced.optimizer, announced.groups, some)
+            self._start(unit, part, after=landed)
+
+    def _comes_once(self, index: int) -> bool:
+        """Whether a unit's gradients come once in this backward pass.
+
+        Reentrant checkpointing brings those of a unit that is used several times one by one.
+        """
+        return index in self._once and self._engine.follower.num_forwards(index) == 1
+
+    def close(self) -> None:
+        """Finish what is under way, and leave the optimizers as they were."""
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._hooks.clear()
+        self._engine.gradients.on_home = None
+        try:
+            for unit in self._engine.units:
+                unit.settle()
+        finally:
+            self._lane.close()

@@ -1,0 +1,63 @@
+"""Updates as late as can be: a part of a step runs only when somebody waits for it. No thread, no sleep, no chance."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.engine.host_lane import HostEvent, HostLane
+from lightning_superpipe.engine.lanes import Event
+from lightning_superpipe.optimizer import UpdateStage
+
+__all__ = ["LateLane", "LateStage"]
+
+
+class LateLane(HostLane):
+    """Runs its jobs in order, up to the one that is waited for, in the thread that waits.
+
+    Attributes:
+        num_run: jobs that are done.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._late: deque[tuple[Callable[[], None], Event, HostEvent]] = deque()
+        self.num_run = 0
+
+    def submit(self, job: Callable[[], None], *, after: Event, done: HostEvent | None = None) -> HostEvent:
+        done = done or HostEvent()
+        self._late.append((job, after, done))
+        waits = done.synchronize
+
+        def synchronize() -> None:
+            self.run_until(done)
+            waits()
+
+        done.synchronize = synchronize  # type: ignore[method-assign]
+        return done
+
+    def run_until(self, wanted: HostEvent) -> None:
+        """Run jobs until one is done."""
+        while not wanted.query() and self._late:
+            job, after, done = self._late.popleft()
+            try:
+                after.synchronize()
+                job()
+            except BaseException as error:
+                done.error = error
+            self.num_run += 1
+            done.set()
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that nobody has waited for yet."""
+        return len(self._late)
+
+
+class LateStage(UpdateStage):
+    """An update stage whose parts run when somebody waits for them."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.lane = self._lane = LateLane()
