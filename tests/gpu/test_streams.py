@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_superpipe.engine.lanes import StreamLanes
+from lightning_superpipe.engine.stream_lanes import StreamLanes
 from lightning_superpipe.observe import Lane
 from tests.gpu.host_updates import updates_at_home
 from tests.gpu.places import Place, on_both
