@@ -1,9 +1,9 @@
 """How parity is judged: the same module, seed, data and Trainer, once with the ordinary strategy and once streamed.
 
-The reference runs on the *same device kind* as the candidate: ``accelerator="cpu"``, or the emulated device with
-``SingleDeviceStrategy("emu:0")``. Two devices round differently, and AdamW makes a full step of the rounding of a
-gradient near zero, so a run on one device never judges a run on another. Reference and candidate run one after the
-other in one process; everything must be equal by ``torch.equal``, there are no tolerances.
+The reference runs on the *same device kind* as the candidate: ``accelerator="cpu"``, the emulated device with
+``SingleDeviceStrategy("emu:0")``, or a GPU (tests/gpu). Two devices round differently, and AdamW makes a full step of
+the rounding of a gradient near zero, so a run on one device never judges a run on another. Reference and candidate run
+one after the other in one process; everything must be equal by ``torch.equal``, there are no tolerances.
 
 How the files fit together:
 
@@ -55,7 +55,7 @@ __all__ = [
 
 SEED = 0
 ALL_UNITS = 999
-MARKS: dict[Device, list[pytest.MarkDecorator]] = {"cpu": [], "emu": [pytest.mark.emu]}
+MARKS: dict[Device, list[pytest.MarkDecorator]] = {"cpu": [], "emu": [pytest.mark.emu], "cuda": [pytest.mark.gpu]}
 
 
 class Window(NamedTuple):
@@ -114,7 +114,7 @@ def trainer(device: Device, strategy: Strategy | None = None, **options: Any) ->
 
         options |= {"accelerator": EmuAccelerator(), "strategy": strategy or SingleDeviceStrategy("emu:0")}
     else:
-        options |= {"accelerator": "cpu", "strategy": strategy or "auto"}
+        options |= {"accelerator": "gpu" if device == "cuda" else device, "strategy": strategy or "auto"}
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
