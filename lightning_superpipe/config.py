@@ -22,6 +22,7 @@ __all__ = [
     "SuperpipeConfig",
     "UnitChoice",
     "Update",
+    "WireDtype",
     "nearest",
     "parse_bytes",
 ]
@@ -30,6 +31,7 @@ Auto = Literal["auto"]
 Update = Literal["auto", "in_backward", "after_backward", "at_once"]
 ACTIVATIONS = ("keep", "recompute", "offload", "auto")
 ActivationChoice = str | Mapping[str, str]
+WireDtype = Literal["bfloat16", "float16"]
 UnitChoice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
@@ -121,6 +123,16 @@ class SuperpipeConfig:
             what ``device_memory`` leaves after two steps, activations counted, and none without ``device_memory``.
         k_prime: units moved per transfer, ``1 <= k_prime <= k``; only ``k_prime < k`` overlaps copies with compute.
         device_memory: bytes that the plan may use on the device (``"8GiB"`` or an integer); None sets no limit.
+        host_memory: bytes that weights, gradients, optimizer states and staging may take on the host together; None
+            takes what the machine has available. A run that needs more is refused before anything is allocated.
+        wire_dtype: dtype in which parameters cross the link, lie in slots and compute (``"bfloat16"`` or
+            ``"float16"``), while those of the module stay float32 masters on the host; None keeps their own. Not equal
+            to the run in float32: it equals one whose module is a copy in the wire dtype, made anew from the masters
+            before each forward, with gradients cast to float32. As ``module.to(dtype)`` would, this casts
+            floating-point buffers too; floating-point inputs of units and of modules around them are cast as well
+            (not the batch of a LightningModule's own steps), outputs are not.
+        master_weights: ``"float32"``: parameters of 2 bytes are updated in float32, on masters that the optimizer's
+            state holds (as ``"master"``), and get the rounded values after each step; None updates them as they are.
         units: class names, module names or patterns, or a callable ``(name, module) -> bool`` that marks the units;
             None finds them.
         activations: what becomes of the activations that autograd saves inside units: ``"keep"``, ``"recompute"`` (in
@@ -150,6 +162,9 @@ class SuperpipeConfig:
     k_prime: int = 1
     resident: int | Auto = "auto"
     device_memory: int | str | None = None
+    host_memory: int | str | None = None
+    wire_dtype: WireDtype | None = None
+    master_weights: Literal["float32"] | None = None
     units: UnitChoice = None
     activations: ActivationChoice = "auto"
     micro_batches: int = 1
@@ -176,6 +191,8 @@ class SuperpipeConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are true, false and 'auto'.")
         if self.update not in get_args(Update):
             raise ConfigError(f"update={self.update!r}: allowed are {_listed(get_args(Update))}.")
+        _check_dtype("wire_dtype", self.wire_dtype, get_args(WireDtype))
+        _check_dtype("master_weights", self.master_weights, ("float32",))
         step = self.record_step
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ConfigError(f"record_step={step!r}: the index of a training step (0 or more), or null.")
@@ -185,8 +202,9 @@ class SuperpipeConfig:
         for name, nested in (("link", Link), ("adversary", Adversary)):
             if not isinstance(getattr(self, name), nested | None):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: a mapping of {_names(nested)} is allowed, or null.")
-        if self.device_memory is not None:
-            object.__setattr__(self, "device_memory", parse_bytes(self.device_memory))
+        for name in ("device_memory", "host_memory"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, parse_bytes(getattr(self, name)))
 
     @classmethod
     def from_options(cls, **options: Any) -> SuperpipeConfig:
@@ -220,7 +238,13 @@ def _check_names(schema: type, options: Mapping[str, Any], prefix: str = "") -> 
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:-1])) + f" and {names[-1]!r}"
+    return " and ".join(filter(None, [", ".join(map(repr, names[:-1])), repr(names[-1])]))
+
+
+def _check_dtype(name: str, value: Any, known: Sequence[str]) -> None:
+    """Raise ConfigError unless ``value`` is None or one of the names."""
+    if value is not None and (not isinstance(value, str) or value not in known):
+        raise ConfigError(f"{name}={value!r}: allowed are {_listed(known)}, or null.")
 
 
 def _is_number(value: Any) -> bool:

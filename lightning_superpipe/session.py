@@ -16,20 +16,19 @@ from torch.optim import Optimizer
 from lightning_superpipe.config import Adversary, SuperpipeConfig
 from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
+from lightning_superpipe.engine.choices import make_lanes, memory_need, wire_of
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
-from lightning_superpipe.engine.lanes import Lanes
-from lightning_superpipe.engine.stream_lanes import StreamLanes
 from lightning_superpipe.engine.swap import owner_of
-from lightning_superpipe.engine.thread_lanes import ThreadLanes
-from lightning_superpipe.engine.unit import slot_bytes_of, trained_bytes_of
-from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning, UnsupportedError
+from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
+from lightning_superpipe.host_memory import held_bytes, host_need
+from lightning_superpipe.observe.host_bytes import available_bytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.optimizer import FusedChoice, UpdateStage, sparsely_differentiated, wants_fused
+from lightning_superpipe.optimizer import FusedChoice, Masters, make_stage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
-from lightning_superpipe.planning.budget import MemoryNeed, choose_k, choose_residents
+from lightning_superpipe.planning.budget import choose_k, choose_residents
 from lightning_superpipe.tiers import HostTier
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
@@ -46,14 +45,22 @@ class Session:
         device: where it computes.
         trains: gradients will come; evaluation needs no room for them.
         owns_root: the root itself is called (not only its parts): each call outside :meth:`step` is a step by itself.
+        optimizers: those that are known already; :meth:`attend` is called with all.
 
     Raises:
         PartitionError, UnsupportedError: the module cannot be streamed, or not as asked, or streams already.
-        BudgetError: the window does not fit ``device_memory``.
+        BudgetError: the window does not fit ``device_memory``, or the training the host.
     """
 
     def __init__(
-        self, root: nn.Module, config: SuperpipeConfig, device: torch.device, *, trains: bool, owns_root: bool = False
+        self,
+        root: nn.Module,
+        config: SuperpipeConfig,
+        device: torch.device,
+        *,
+        trains: bool,
+        owns_root: bool = False,
+        optimizers: Iterable[Optimizer] = (),
     ) -> None:
         self.config, self.device, self.trains = config, device, trains
         _refuse_streamed(root)
@@ -64,21 +71,24 @@ class Session:
                 "forward."
             )
         found = partition(root, config.units)
-        need = _memory_need(root, found, trains=trains)
+        self._wire = wire_of(root, config)
+        need = memory_need(root, found, self._wire, trains=trains)
         budget = config.device_memory if isinstance(config.device_memory, int) else None
         self.k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=config.k_prime)
         self.k_prime = min(config.k_prime, self.k)
         asked = 0 if config.resident == "auto" else config.resident
         self.num_resident = choose_residents(asked, self.k, need, budget, need.total(self.k))
         self.units: UnitTable = unit_table(root, found, k=self.k)
-        self._need, self._budget = need, budget
-        self._tier = HostTier(pin=_may_pin(config, device))
+        self._need, self._budget, self._root = need, budget, root
+        self._optimizers = list(optimizers)
+        self._require_host()
+        # What is cast on the way is copied from staging memory: its masters need no page lock.
+        self._tier = HostTier(pin=_may_pin(config, device) and self._wire.dtype is None)
         self._engine = self._make_engine(root, found, owns_root)
-        self._updates = self._make_updates()
+        self._masters = Masters() if config.master_weights is not None else None
+        self._updates = make_stage(self._engine, config, self._masters)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
-        self._optimizers: list[Optimizer] = []
-        self._whole: set[str] = set()
         self._root, self._owns_root = root, owns_root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = False
@@ -96,25 +106,21 @@ class Session:
             [(unit.name, unit.module) for unit in found.units],
             found.anchors,
             window,
-            lanes=_make_lanes(self.config, self.device, hostile),
+            lanes=make_lanes(self.config, self.device, hostile),
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
             choices=choose_policies(self.config.activations, names, micro_batches=self.config.micro_batches),
             micro_batches=self.config.micro_batches,
+            wire=self._wire,
         )
 
-    def _make_updates(self) -> UpdateStage | None:
-        """The stage that splits optimizer steps; None where they stay whole."""
-        hostile, setting = self.config.adversary, self.config.update
-        gains_nothing = self._engine.lanes.shares_memory and hostile is None
-        if setting == "at_once" or (setting == "auto" and gains_nothing):
-            return None
-        return UpdateStage(
-            self._engine,
-            max_delay_ms=hostile.max_delay_ms if hostile is not None else 0.0,
-            seed=hostile.seed if hostile is not None else 0,
-        )
+    def _require_host(self) -> None:
+        """Raise if the host cannot hold what is known of this training."""
+        with_masters = self.config.master_weights is not None
+        need = host_need(self._root, self._optimizers, self._need, self._wire, with_masters=with_masters)
+        limit = self.config.host_memory if isinstance(self.config.host_memory, int) else None
+        need.check(available=available_bytes(), limit=limit)
 
     # -- steps
 
@@ -257,35 +263,13 @@ class Session:
             for optimizer in optimizers
             if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
         ]
-        whole = [] if self._updates is None else self._updates.attend(self._optimizers)
-        for name in set(whole) - self._whole:
-            warnings.warn(
-                f"{name} is not known to update each parameter by itself: its step runs as a whole.",
-                SuperpipeWarning,
-                stacklevel=3,
-            )
-        self._whole |= set(whole)
+        self._require_host()
+        if self._updates is not None:
+            self._updates.attend(self._optimizers)
 
-    @contextlib.contextmanager
-    def updating_in_backward(self, optimizer: Optimizer) -> Iterator[None]:
+    def updating_in_backward(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
         """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
-        if self._updates is None:
-            yield
-            return
-        self._updates.announce(optimizer)
-        try:
-            yield
-        except BaseException:
-            if names := self._updates.withdraw():
-                warnings.warn(
-                    f"the step was interrupted after {len(names)} of {len(self.units)} units had been updated "
-                    f"({names[0]} first): weights are not those of a finished step. Go on from the last checkpoint, or "
-                    "use update='after_backward'.",
-                    SuperpipeWarning,
-                    stacklevel=2,
-                )
-            raise
-        self._updates.withdraw()
+        return contextlib.nullcontext() if self._updates is None else self._updates.announced(optimizer)
 
     def streams(self, model: nn.Module) -> bool:
         """Whether this is the session of a module."""
@@ -324,6 +308,7 @@ class Session:
             slots = num_slots * self._need.slot_bytes
             peak = peak._replace(slots=slots, anchors=static - slots)
         weights, gradients, states = self._training_state()
+        scratch = 0 if self._masters is None else self._masters.scratch_bytes
         return Report(
             k=self.k,
             k_prime=self.k_prime,
@@ -332,7 +317,8 @@ class Session:
             num_steps=self._num_steps,
             peak=peak,
             resident_bytes=weights + gradients + states,
-            host_bytes=weights + gradients + states,
+            num_parameters=sum(p.numel() for p in self._root.parameters() if not nn.parameter.is_lazy(p)),
+            host=held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch),
             last_step=self._last_step,
             total=self._counters(),
             device=str(self.device),
@@ -352,7 +338,7 @@ class Session:
         )
 
     def _static_bytes(self) -> tuple[int, int]:
-        anchors = self._engine.anchors.num_bytes if not self.is_emulated else self._need.anchor_bytes
+        anchors = self._engine.anchors.num_bytes if self._engine.anchors.have_copies else self._need.anchor_bytes
         return self._engine.slots.num_bytes, anchors
 
     def _training_state(self) -> tuple[int, int, int]:
@@ -375,35 +361,6 @@ def _refuse_streamed(root: nn.Module) -> None:
             f"the model streams already ({part}): end that first, by pipe.close(), accelerator.free_memory(), "
             "fabric.strategy.teardown() or the end of the Trainer's run."
         )
-
-
-def _memory_need(root: nn.Module, found: Partition, *, trains: bool) -> MemoryNeed:
-    """Device bytes that are known before anything runs."""
-    sizes = {unit.name: slot_bytes_of(unit.module, found.anchors) for unit in found.units}
-    largest = max(sizes, key=lambda name: sizes[name])
-    anchors = sum(p.nbytes for p in root.parameters() if id(p) in found.anchors and not nn.parameter.is_lazy(p))
-    buffers = sum(buffer.nbytes for buffer in root.buffers())
-    trained = max(trained_bytes_of(unit.module, found.anchors) for unit in found.units)
-    return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains, trained_bytes=trained)
-
-
-def _make_lanes(config: SuperpipeConfig, device: torch.device, hostile: Adversary) -> Lanes:
-    """Copy threads on the CPU and where a link is emulated, streams on accelerators."""
-    emulates = config.link is not None or hostile.max_delay_ms > 0
-    if device.type == "mps":
-        raise UnsupportedError(
-            "streaming to 'mps' saves nothing: that device shares its memory with the host. Use the ordinary strategy."
-        )
-    if device.type != "cpu" and not (emulates and _copies_synchronously(device)):
-        if emulates:
-            raise ConfigError(f"a link can be emulated on the CPU only, not on {str(device)!r}: leave `link` out.")
-        return StreamLanes(device)
-    return ThreadLanes(device, config.link, max_delay_ms=hostile.max_delay_ms, seed=hostile.seed)
-
-
-def _copies_synchronously(device: torch.device) -> bool:
-    """Backends from outside torch that keep their memory on the host have no queue of their own."""
-    return device.type not in ("cuda", "xpu", "hpu", "mtia")
 
 
 def _may_pin(config: SuperpipeConfig, device: torch.device) -> bool:

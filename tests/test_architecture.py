@@ -31,7 +31,10 @@ LAYERS: dict[str, set[str]] = {
     "partition": {"errors", "config"},
     "engine": {"errors", "config", "planning", "tiers", "observe", "partition"},
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
-    "session": {"errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer"},
+    "host_memory": {"errors", "planning", "tiers", "observe", "engine", "optimizer"},
+    "session": {
+        *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
+    },
     "adapters": {"session", "config", "errors", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming
     "app": {"adapters", "session", "config", "errors", "observe", "planning", "sweeps"},

@@ -41,7 +41,7 @@ class Pipe:
     ) -> None:
         self.model, self.device = model, device
         bring_home(model, optimizers)
-        self._session = Session(model, config, device, trains=True, owns_root=True)
+        self._session = Session(model, config, device, trains=True, owns_root=True, optimizers=optimizers)
         self._fused = FusedChoice()
         self._session.attend(optimizers)
         for optimizer in optimizers if wants_fused(config.fused_optimizer, device, scales=False) else ():
@@ -106,7 +106,7 @@ def attach(
     Raises:
         ConfigError: an option is unknown or impossible.
         PartitionError, UnsupportedError: the model cannot be streamed, or not as asked.
-        BudgetError: the window does not fit ``device_memory``.
+        BudgetError: the window does not fit ``device_memory``, or the training the host.
     """
     chosen = SuperpipeConfig.from_options(**options) if config is None else config
     return Pipe(model, optimizers, chosen, default_device() if device is None else torch.device(device))

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import is_separate, raw_tensors
+from lightning_superpipe.engine.casting import write_home
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.twins import release_memory
+from lightning_superpipe.engine.wire import Wire
 
 __all__ = ["Anchors", "BoundBuffer"]
 
@@ -55,6 +57,10 @@ class Anchors:
     Args:
         reasons: id of each anchor parameter and why it is one; grows in mid-run (see :meth:`promote`).
         make_twin: returns a new device parameter without memory for a host parameter.
+        wire: which dtype each has on the device.
+
+    Attributes:
+        have_copies: False where the device is the host and dtypes stay: then anchors are used as they are.
     """
 
     def __init__(
@@ -63,9 +69,12 @@ class Anchors:
         lanes: Lanes,
         reasons: dict[int, str],
         make_twin: Callable[[nn.Parameter], nn.Parameter],
+        wire: Wire | None = None,
     ) -> None:
         self.reasons = reasons
         self.is_separate = is_separate(device)
+        self._wire = wire or Wire()
+        self.have_copies = self.is_separate or self._wire.dtype is not None
         self.epoch = 0
         self.num_copied_back = 0
         self._device, self._lanes, self._make_twin = device, lanes, make_twin
@@ -137,7 +146,7 @@ class Anchors:
     def _refresh(self, copy: _AnchorTwin) -> None:
         with raw_tensors():
             if copy.twin._version != copy.twin_version and copy.twin.size() == copy.host.size():
-                copy.host.data.copy_(copy.twin.data)  # the user wrote to the copy
+                write_home(copy.host.data, copy.twin.data)  # the user wrote to the copy
                 self.num_copied_back += 1
             else:
                 if copy.twin.size() != copy.host.size() or copy.twin.stride() != copy.host.stride():
@@ -148,11 +157,13 @@ class Anchors:
             copy.stamp, copy.twin_version = self._stamp(copy.host), copy.twin._version
 
     def _like(self, host: Tensor) -> Tensor:
-        return torch.empty_strided(host.size(), host.stride(), dtype=host.dtype, device=self._device)
+        dtype = self._wire.dtype_of(host)
+        return torch.empty_strided(host.size(), host.stride(), dtype=dtype, device=self._device)
 
     def _copy_in(self, target: Tensor, source: Tensor) -> None:
         with raw_tensors():
             label = Label("P", -1, "anchors")
+            source = self._wire.converted(source)
             arrival = self._lanes.h2d([Copy(target, source)], after=[self._lanes.compute_event()], label=label)
             self._lanes.compute_waits(arrival, -1)
             self.last_copy = arrival
@@ -162,11 +173,11 @@ class Anchors:
     def bind_buffers(self, modules: Iterable[nn.Module]) -> list[BoundBuffer]:
         """Put device copies of the modules' host buffers in their place."""
         bound: list[BoundBuffer] = []
-        if not self.is_separate:
+        if not self.have_copies:
             return bound
         for module in modules:
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device.type == "cpu":
+                if buffer is not None and self._needs_copy(buffer):
                     copy = self._buffer(buffer)
                     module._buffers[name] = copy.twin
                     bound.append(BoundBuffer(module, name, copy))
@@ -188,22 +199,25 @@ class Anchors:
         for copy in self._buffers.values():
             if copy.is_dirty:
                 with raw_tensors():
-                    copy.host.data.copy_(copy.twin)  # not a write by the user: its version stays
+                    write_home(copy.host.data, copy.twin)  # not a write by the user: its version stays
                 copy.is_dirty, copy.host_version, copy.twin_version = False, copy.host._version, copy.twin._version
 
     def buffer_twin(self, buffer: Tensor) -> Tensor:
-        """The device copy of a host buffer, up to date."""
-        return self._buffer(buffer).twin
+        """The device copy of a host buffer, up to date; itself, if the device can use it as it is."""
+        return self._buffer(buffer).twin if self._needs_copy(buffer) else buffer
 
     def host_buffer(self, held: Tensor | None) -> Tensor | None:
         """The host buffer whose device copy a tensor is; any other tensor itself."""
         return next((copy.host for copy in self._buffers.values() if copy.twin is held), held)
 
+    def _needs_copy(self, buffer: Tensor) -> bool:
+        return buffer.device.type == "cpu" and (self.is_separate or self._wire.casts(buffer))
+
     def _buffer(self, buffer: Tensor) -> _BufferTwin:
-        copy = self._buffers.get(id(buffer))
+        copy, dtype = self._buffers.get(id(buffer)), self._wire.dtype_of(buffer)
         with raw_tensors():
-            if copy is None or copy.twin.size() != buffer.size() or copy.twin.dtype != buffer.dtype:
-                twin = buffer.to(self._device, copy=True)
+            if copy is None or copy.twin.size() != buffer.size() or copy.twin.dtype != dtype:
+                twin = buffer.to(self._device, dtype, copy=True)
                 copy = self._buffers[id(buffer)] = _BufferTwin(buffer, twin, buffer._version, twin._version)
             elif copy.host_version != buffer._version and not copy.is_dirty:
                 copy.twin.copy_(buffer)

@@ -10,12 +10,25 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["graph_task_id", "hooks_are_allowed", "is_separate", "is_tracing", "raw_tensors", "storage_address"]
+__all__ = [
+    "graph_task_id",
+    "hooks_are_allowed",
+    "is_on_host",
+    "is_separate",
+    "is_tracing",
+    "raw_tensors",
+    "storage_address",
+]
 
 
 def is_separate(device: torch.device) -> bool:
     """Whether device memory is other memory than the host's, so that mixing the two raises."""
     return device.type != "cpu"
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one in host memory; single numbers go with any device."""
+    return tensor.device.type == "cpu" and tensor.dim() > 0 and type(tensor) in (Tensor, nn.Parameter)
 
 
 def graph_task_id() -> int:

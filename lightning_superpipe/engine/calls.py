@@ -45,7 +45,7 @@ class _EngineOwner:
 
     def host_state(self, module: nn.Module) -> dict[str, Any]:
         """The module's parameters and buffers as they are on the host."""
-        return self._engine.host_state(module)
+        return self._engine.binding.host_state(module)
 
 
 class UnitOwner(_EngineOwner):
@@ -65,6 +65,8 @@ class UnitOwner(_EngineOwner):
         if is_tracing():
             self._leave_device()
             return forward(*args, **kwargs)
+        if not unit.num_active:
+            args, kwargs = engine.wire.inputs(args), engine.wire.inputs(kwargs)
         if not hooks_are_allowed():
             return self._run_transformed(forward, args, kwargs)
         if engine.is_separate and not unit.num_active:
@@ -81,7 +83,7 @@ class UnitOwner(_EngineOwner):
         engine, unit = self._engine, self._unit
         engine.catalog.promote_unit(unit, "torch.func")
         self._leave_device()
-        sites = unit.registered() if engine.is_separate and not unit.num_active else []
+        sites = unit.registered() if engine.anchors.have_copies and not unit.num_active else []
         sites = [site for site in sites if engine.is_anchor(site.parameter)]
         for site in sites:
             site.put(engine.anchors.twin(site.parameter))
@@ -140,6 +142,8 @@ class OuterOwner(_EngineOwner):
         for name, host in parameters.items():
             module._parameters[name] = engine.anchors.twin(host)
         buffers = engine.anchors.bind_buffers([module])
+        if any(True for _ in module.parameters()):  # a loss may have been given float32 on purpose
+            args, kwargs = engine.wire.inputs(args), engine.wire.inputs(kwargs)
         if parameters:
             args, kwargs = _aligned(args, engine.device), _aligned(kwargs, engine.device)
         try:

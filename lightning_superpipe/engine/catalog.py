@@ -103,7 +103,7 @@ class Catalog:
 
     def operand(self, tensor: Tensor) -> Tensor:
         """Return what an operation outside units must get for an anchor or a buffer; other tensors as they are."""
-        if not self._anchors.is_separate or tensor.device.type != "cpu":
+        if not self._anchors.have_copies or tensor.device.type != "cpu":
             return tensor
         if isinstance(tensor, nn.Parameter):
             return self._anchors.twin(tensor) if id(tensor) in self._anchors.reasons else tensor
@@ -151,7 +151,7 @@ class Catalog:
         streamed = self._hosts.get(id(tensor))
         if streamed is not None:
             return streamed[0].twin(streamed[1])
-        if isinstance(tensor, nn.Parameter) and id(tensor) in self._anchors.reasons and self._anchors.is_separate:
+        if isinstance(tensor, nn.Parameter) and id(tensor) in self._anchors.reasons and self._anchors.have_copies:
             return self._anchors.twin(tensor)
         return tensor
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.activations import Activations, Choice
-from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
+from lightning_superpipe.engine.anchors import Anchors
 from lightning_superpipe.engine.backend import graph_task_id, is_separate
+from lightning_superpipe.engine.binding import Binding
 from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.catalog import Catalog
@@ -31,29 +30,17 @@ from lightning_superpipe.engine.offload import Offload
 from lightning_superpipe.engine.outside import Outside
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import SlotPool
+from lightning_superpipe.engine.staging import WireStaging
 from lightning_superpipe.engine.tokens import SavedTensors
 from lightning_superpipe.engine.twins import make_twin
 from lightning_superpipe.engine.unit import Unit, trained_bytes_of
 from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
+from lightning_superpipe.engine.window import Window
+from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.planning import Action, Op, spread
 from lightning_superpipe.tiers import Tier
 
 __all__ = ["Engine", "Window"]
-
-
-@dataclass(frozen=True)
-class Window:
-    """How units move through slots, and how hostile the slots are (see the configuration).
-
-    Attributes:
-        num_resident: units that stay beside the ``k``, evenly spread.
-    """
-
-    k: int
-    k_prime: int
-    poison: bool = False
-    slot_seed: int | None = None
-    num_resident: int = 0
 
 
 class Engine:
@@ -68,10 +55,11 @@ class Engine:
         root_scope: the root is called itself, not only its children: opens the scope of a step around each call.
         choices: what becomes of each unit's saved activations; None keeps all.
         micro_batches: parts of a batch inside units that recompute.
+        wire: the dtype of what crosses the link, where it is not the parameters' own.
 
     Attributes:
         is_open: False once closed; what is left of graphs then computes with host parameters.
-        lone_dtype: the dtype of all streamed parameters; None if there are several.
+        lone_dtype: the dtype of all streamed parameters on the device; None if there are several.
         watch: the mode that is active between unit calls of the step in progress.
         on_boundary: called after each unit's compute, for those who measure.
     """
@@ -89,8 +77,9 @@ class Engine:
         root_scope: RootScope | None = None,
         choices: Sequence[Choice] | None = None,
         micro_batches: int = 1,
+        wire: Wire | None = None,
     ) -> None:
-        self.lanes, self.device = lanes, lanes.device
+        self.lanes, self.device, self.wire = lanes, lanes.device, wire or Wire()
         self.is_separate = is_separate(self.device)
         self.is_open = True
         self.watch: TrainWatch | EvalWatch | None = None
@@ -102,13 +91,15 @@ class Engine:
         self._is_in_step = self._is_evaluation = False
         self._in_backward: Unit | None = None
         self._backward_start: Mark | None = None
-        self._bound_buffers: dict[int, list[BoundBuffer]] = {}
         self._own_seconds, self._num_uses = 0.0, 0
         self._is_compiled = any(_is_compiled(module) for module in root.modules())
 
-        self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin)
+        self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin, self.wire)
         self.catalog = Catalog(root, self.anchors)
-        self.units = [Unit(i, name, module, anchors, self._make_twin) for i, (name, module) in enumerate(units)]
+        self.binding = Binding(self.anchors, self.catalog)
+        self.units = [
+            Unit(i, name, module, anchors, self._make_twin, wire=self.wire) for i, (name, module) in enumerate(units)
+        ]
         slot_bytes = max(unit.num_bytes for unit in self.units)
         num_slots = window.k + window.num_resident
         self.slots = SlotPool(self.device, num_slots, slot_bytes, poison=window.poison, seed=window.slot_seed)
@@ -117,22 +108,26 @@ class Engine:
         self.num_resident = window.num_resident
         keep = spread(range(len(self.units)), window.num_resident)
         self.follower = Follower(len(self.units), num_slots, window.k_prime, keep)
-        self.residency = Residency(self.units, self.slots, lanes, self.follower, self.casts, self._unbind)
-        trained = max(trained_bytes_of(unit.module, anchors) for unit in self.units)
+        staging = WireStaging(tier.part("wire", pin=pin))
+        self.residency = Residency(
+            self.units, self.slots, lanes, self.follower, self.casts, self.binding.unbind, staging
+        )
+        trained = max(trained_bytes_of(unit.module, anchors, self.wire) for unit in self.units)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * trained, pin=pin)
         self.saved = SavedTensors(self)
-        self.outside = Outside(self.device, self.anchors, self.catalog, self.residency, self.saved, self.recover)
+        self.outside = Outside(self.wire, self.anchors, self.catalog, self.residency, self.saved, self.recover)
         choices = choices or [Choice()] * len(self.units)
         self.activations = Activations(self, choices, Offload(lanes, tier, self._staying), num_parts=micro_batches)
-        self._installation = Installation(self, root, tier, root_scope=root_scope)
+        self._installation = Installation(self, root, tier.part("weights"), root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
-        twin = make_twin(unit.parameters[index], self.device, self, Label("G", unit.index, unit.name))
+        label = Label("G", unit.index, unit.name)
+        twin = make_twin(unit.parameters[index], self.device, self, label, dtype=unit.dtypes[index])
         self.catalog.add_twin(twin, unit, index)
         return twin
 
     def _make_anchor_twin(self, host: nn.Parameter) -> nn.Parameter:
-        return make_twin(host, self.device, self, Label("G", -1, "anchors"))
+        return make_twin(host, self.device, self, Label("G", -1, "anchors"), dtype=self.wire.dtype_of(host))
 
     def _staying(self) -> Container[int]:
         return self.anchors.addresses() if self.is_separate else self.catalog.host_addresses()
@@ -161,7 +156,7 @@ class Engine:
             if unit.parameters:
                 self._follow(Action(op, unit.index), unit)
                 self.residency.require(unit)
-            self._bind(unit)
+            self.binding.bind(unit)
             self._num_uses += 1
             self._own_seconds += now() - self.lanes.stall_seconds - start
             if op is Op.BACKWARD and self._backward_start is None and self.lanes.recorder is not None:
@@ -206,7 +201,7 @@ class Engine:
                 self._calls.pop()
             if not unit.num_active:
                 if op is Op.FORWARD:
-                    self._unbind(unit)
+                    self.binding.unbind(unit)
                     self.residency.copy_back(unit)
                     self.residency.part_with_stashed(unit)
                     if self._is_in_step:
@@ -216,22 +211,12 @@ class Engine:
             caller = self._calls[-1] if self._calls else None
             if caller is not None and caller.parameters and caller.slot is None:  # it was spilled by its callee
                 self.residency.require(caller)
-                self._bind(caller)
+                self.binding.bind(caller)
         self._own_seconds += now() - start
 
     def _boundary(self) -> None:
         if self.on_boundary is not None:
             self.on_boundary()
-
-    def _bind(self, unit: Unit) -> None:
-        if not unit.is_bound:
-            unit.bind(self.anchors.twin if self.is_separate else None)
-            self._bound_buffers[unit.index] = self.anchors.bind_buffers(unit.module.modules())
-
-    def _unbind(self, unit: Unit) -> None:
-        if unit.is_bound:
-            unit.unbind(self.catalog.host_of)
-            self.anchors.unbind_buffers(self._bound_buffers.pop(unit.index, []))
 
     # -- steps
 
@@ -262,13 +247,13 @@ class Engine:
 
     def note_dtypes(self) -> None:
         """Units were scanned: their parameters may have other dtypes."""
-        dtypes = {parameter.dtype for unit in self.units for parameter in unit.parameters}
+        dtypes = {dtype for unit in self.units for dtype in unit.dtypes}
         self.lone_dtype: torch.dtype | None = dtypes.pop() if len(dtypes) == 1 else None
 
     def _make_watch(self, mode: str) -> TrainWatch | EvalWatch | None:
         if mode == TRAIN:
             return TrainWatch(self.outside)
-        return EvalWatch(self.outside) if self.is_separate else None
+        return EvalWatch(self.outside) if self.anchors.have_copies else None
 
     def _begin(self, mode: str, is_undisturbed: bool) -> None:
         self.recover()
@@ -341,7 +326,7 @@ class Engine:
             self._in_backward = None
             for unit in self.units:
                 if not unit.num_active:
-                    self._unbind(unit)
+                    self.binding.unbind(unit)
             self.activations.offload.end_graph()
             self.gradients.finish()
             self.anchors.flush_buffers()
@@ -360,7 +345,7 @@ class Engine:
         for unit in self.units:
             unit.num_active = 0
             if not self._graphs:
-                self._unbind(unit)
+                self.binding.unbind(unit)
 
     def abort(self) -> None:
         """Put everything back after an exception that ended the step."""
@@ -381,17 +366,6 @@ class Engine:
 
     def is_anchor(self, tensor: Tensor) -> bool:
         return self.catalog.is_anchor(tensor)
-
-    def host_state(self, module: nn.Module) -> dict[str, Any]:
-        """A module's parameters and buffers as they are on the host, whatever is bound now."""
-        self.anchors.flush_buffers()
-        parameters = {name: self._host_parameter(held) for name, held in module._parameters.items()}
-        buffers = {name: self.anchors.host_buffer(held) for name, held in module._buffers.items()}
-        return {"_parameters": parameters, "_buffers": buffers}
-
-    def _host_parameter(self, held: nn.Parameter | None) -> nn.Parameter | None:
-        host = self.catalog.host_of(held)
-        return held if host is None else host
 
     def overhead_us(self) -> float:
         """Mean time that the engine itself takes per use of a unit, waiting not included, in microseconds."""

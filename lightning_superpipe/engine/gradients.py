@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.casting import add_into, cast_into
 from lightning_superpipe.engine.host_lane import HostLane, Past
+from lightning_superpipe.engine.landings import Landings
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, now
 from lightning_superpipe.engine.slots import storage_use_count
 from lightning_superpipe.engine.unit import lay_out
@@ -22,11 +25,23 @@ __all__ = ["GradientReturn", "accumulate"]
 
 
 class _Shipment(NamedTuple):
-    """One gradient on its way: from the device, into memory on the host, to its parameter."""
+    """One gradient on its way: from the device, into memory on the host, to its parameter.
+
+    Attributes:
+        target: where its copy goes: where it stays (``home``), or where it lands (``landing``) to be cast or added.
+    """
 
     parameter: nn.Parameter
     gradient: Tensor
-    landing: Tensor
+    home: Tensor | None = None
+    landing: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor:
+        if self.landing is not None:
+            return self.landing
+        assert self.home is not None, "a gradient goes somewhere"
+        return self.home
 
 
 class GradientReturn:
@@ -38,18 +53,19 @@ class GradientReturn:
     Args:
         limit_bytes: gradients waiting on the device for their copy; above it backward waits for the oldest.
         tier: gives the host memory that gradients live in.
-        pin: page-lock the staging memory of gradients that add to existing ones.
+        pin: page-lock what gradients land in.
 
     Attributes:
         on_handed_over: called with each gradient that came home without a copy, for those who measure.
+        on_home: called with a unit, some of its parameters and the event after which their gradients are complete.
     """
 
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
         self._lanes = lanes
         self._host = HostLane()
-        self._homes = _Homes(tier)
+        self._homes = _Homes(tier.part("gradients"))
+        self._landings = Landings(tier.part("wire", pin=pin))
         self._limit_bytes = limit_bytes
-        self._pin = pin
         self._lock = threading.Lock()
         self._shipped: set[int] = set()
         self._batch: list[_Shipment] = []
@@ -71,7 +87,7 @@ class GradientReturn:
         """
         if _needs_care(parameter, gradient):
             self.finish()
-            accumulate(parameter, gradient.to(parameter.device))
+            accumulate(parameter, gradient.to(parameter.device, parameter.dtype))
             return
         if self._batch_label != label:
             self.flush()
@@ -80,10 +96,11 @@ class GradientReturn:
             return
         self._make_room(gradient.nbytes)
         is_first = parameter.grad is None and id(parameter) not in self._shipped
-        landing = self._homes.claim(parameter, gradient) if is_first else self._staging(gradient)
+        home = self._homes.claim(parameter, gradient) if is_first else None
+        lands = home is None or home.dtype is not gradient.dtype
         self._shipped.add(id(parameter))
         self._count(gradient.nbytes)
-        self._batch.append(_Shipment(parameter, gradient, landing))
+        self._batch.append(_Shipment(parameter, gradient, home, self._landings.take(gradient) if lands else None))
         self._batch_label = label
 
     def flush(self) -> None:
@@ -99,7 +116,7 @@ class GradientReturn:
             self._tell_handed_over(parameters)
             self._tell(label, parameters, Past())
             return
-        copies = [Copy(shipment.landing, shipment.gradient) for shipment in batch]
+        copies = [Copy(shipment.target, shipment.gradient) for shipment in batch]
         done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=label)
         # The job holds the device gradients until their copies are done: autograd may reuse the memory after that only
         # (test_gradient_is_held_until_its_copy_is_done).
@@ -126,9 +143,9 @@ class GradientReturn:
 
     def _hand_over(self, parameter: nn.Parameter, gradient: Tensor, label: Label) -> None:
         """Do what autograd does without us; a second copy in the same memory would only cost time."""
-        accumulate(parameter, gradient)
+        accumulate(parameter, gradient.to(parameter.dtype))
         self._batch_label = label
-        self._batch.append(_Shipment(parameter, gradient, gradient))
+        self._batch.append(_Shipment(parameter, gradient))
         self._count(gradient.nbytes)
 
     def _tell_handed_over(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -140,12 +157,11 @@ class GradientReturn:
         start = now()
         num_bytes = 0
         with torch.no_grad():
-            for parameter, gradient, landing in batch:
-                num_bytes += gradient.nbytes
-                if parameter.grad is None:
-                    parameter.grad = landing
-                else:
-                    parameter.grad.add_(landing)
+            for shipment in batch:
+                num_bytes += shipment.gradient.nbytes
+                _deliver(shipment)
+                if shipment.landing is not None:
+                    self._landings.give_back(shipment.landing)
         self._count(-num_bytes)
         if self._lanes.recorder is not None:
             self._lanes.recorder.span(Lane.HOST, label.name, label.unit, start, now(), num_bytes)
@@ -163,14 +179,29 @@ class GradientReturn:
             self.in_flight_bytes += num_bytes
             self.peak_in_flight_bytes = max(self.peak_in_flight_bytes, self.in_flight_bytes)
 
-    def _staging(self, gradient: Tensor) -> Tensor:
-        return torch.empty_strided(gradient.size(), gradient.stride(), dtype=gradient.dtype, pin_memory=self._pin)
-
     def close(self) -> None:
         """Finish what is under way and give the memory back; errors are dropped."""
         self.flush()
         self._host.close()
         self._homes.clear()
+        self._landings.clear()
+
+
+def _deliver(shipment: _Shipment) -> None:
+    """Give a landed gradient to its parameter, in the parameter's dtype."""
+    parameter, arrived = shipment.parameter, shipment.target
+    if parameter.grad is not None and parameter.grad.dtype is arrived.dtype:
+        parameter.grad.add_(arrived)
+    elif parameter.grad is not None:
+        add_into(parameter.grad, arrived)
+    elif shipment.landing is None:
+        parameter.grad = shipment.home
+    else:
+        home = shipment.home
+        if home is None:  # the user has dropped the one that this should have been added to
+            home = torch.empty_strided(arrived.size(), arrived.stride(), dtype=parameter.dtype)
+        cast_into(home, arrived)
+        parameter.grad = home
 
 
 class _Home(NamedTuple):
@@ -198,11 +229,17 @@ class _Homes:
 
     def claim(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
         """Memory for a parameter's gradient, shaped as the gradient; its contents are stale."""
-        key = id(parameter)
+        key, like = id(parameter), _in_dtype_of(parameter, gradient)
+        if key in self._homes and self._fits(self._homes[key], like):
+            return self._homes[key].tensor
+        with raw_tensors():  # backward may run under somebody's modes
+            return self._make(key, parameter, like)
+
+    def _make(self, key: int, parameter: nn.Parameter, like: Tensor) -> Tensor:
         if key not in self._homes:
             self._allocate([p for p in self._group_of.get(key, [parameter]) if p.requires_grad] or [parameter])
-        if not self._fits(self._homes[key], gradient):
-            self._add(key, self._tier.allocate(gradient.nbytes).carve(0, gradient))
+        if not self._fits(self._homes[key], like):
+            self._add(key, self._tier.allocate(like.nbytes).carve(0, like))
         return self._homes[key].tensor
 
     def _allocate(self, group: Sequence[nn.Parameter]) -> None:
@@ -222,6 +259,13 @@ class _Homes:
     def clear(self) -> None:
         self._homes.clear()
         self._group_of.clear()
+
+
+def _in_dtype_of(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
+    """A gradient, or a tensor without memory that is like it but for its dtype."""
+    if gradient.dtype is parameter.dtype:
+        return gradient
+    return torch.empty_strided(gradient.size(), gradient.stride(), dtype=parameter.dtype, device="meta")
 
 
 def _references(home: _Home) -> int:

@@ -37,7 +37,7 @@ class Installation:
         self._engine, self._root, self._tier, self._root_scope = engine, root, tier, root_scope
         for unit in engine.units:
             self._install(unit)
-        self._outer = self._install_outer() if engine.is_separate else []
+        self._outer = self._install_outer() if engine.anchors.have_copies else []
         if root_scope is not None and owner_of(root) is None:
             self._outer.append(root)
             swap_in(root, RootOwner(engine, root, None, root_scope))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_superpipe.engine.anchors import Anchors
-from lightning_superpipe.engine.backend import hooks_are_allowed
+from lightning_superpipe.engine.backend import hooks_are_allowed, is_on_host, storage_address
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.tokens import SavedTensors
+from lightning_superpipe.engine.wire import Wire
 
 __all__ = ["Outside"]
 
@@ -21,19 +21,20 @@ class Outside:
     """Answers for one engine; see :class:`~lightning_superpipe.engine.watch.WatchHost`.
 
     Args:
+        wire: which dtype host tensors have on the device.
         recover: puts the model back in order after a backward pass that raised.
     """
 
     def __init__(
         self,
-        device: torch.device,
+        wire: Wire,
         anchors: Anchors,
         catalog: Catalog,
         residency: Residency,
         saved: SavedTensors,
         recover: Callable[[], None],
     ) -> None:
-        self.device, self.is_separate = device, anchors.is_separate
+        self._wire, self._device = wire, residency.lanes.device
         self._anchors, self._catalog, self._residency, self._saved = anchors, catalog, residency, saved
         self.recover = recover
 
@@ -51,7 +52,19 @@ class Outside:
 
     def is_buffer(self, value: object) -> bool:
         """Whether a value is a host buffer that has a device copy."""
-        return self.is_separate and self._catalog.is_buffer(value)
+        return self._anchors.have_copies and self._catalog.is_buffer(value)
+
+    def mixes(self, operands: Sequence[Tensor]) -> bool:
+        """Whether an operation has operands that are on the device, or made there, and others that are the host's."""
+        if self._anchors.is_separate:
+            here = self._device.type
+            return any(each.device.type == here for each in operands) and any(map(is_on_host, operands))
+        made_there = self._wire.dtype is not None and any(each.dtype is self._wire.dtype for each in operands)
+        return made_there and any(self._wire.casts(each) and self._is_host_tensor(each) for each in operands)
+
+    def _is_host_tensor(self, tensor: Tensor) -> bool:
+        address = storage_address(tensor) if is_on_host(tensor) else None
+        return address is not None and self._catalog.host_of_storage(address) is not None
 
     def may_be_written(self, tensor: Tensor) -> None:
         """User code takes an alias through which it may write: nothing may read the tensor meanwhile."""

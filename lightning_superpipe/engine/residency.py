@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.casting import write_home
 from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.follower import Follower
+from lightning_superpipe.engine.host_lane import Past
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.slots import Slot, SlotPool
+from lightning_superpipe.engine.staging import Staged, WireStaging
 from lightning_superpipe.engine.twins import release_memory
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.planning import Action, Op
@@ -23,6 +26,7 @@ class Residency:
 
     Args:
         unbind: takes a unit's twins out of its modules; called before its slot is given away.
+        staging: where units that are cast wait for their copy.
 
     Attributes:
         last_copy: end of the newest copy that reads host memory.
@@ -41,7 +45,9 @@ class Residency:
         follower: Follower,
         casts: Casts,
         unbind: Callable[[Unit], None],
+        staging: WireStaging,
     ) -> None:
+        self._staging = staging
         self.units, self.slots, self.lanes, self.follower, self._unbind = units, slots, lanes, follower, unbind
         self._casts = casts
         self.last_copy: Event | None = None
@@ -100,26 +106,34 @@ class Residency:
     def load(self, unit: Unit) -> None:
         """Start copying a unit into a free slot."""
         slot = unit.slot = self.slots.take(unit.index)
+        pending, staged = unit.pending, None
+        fences = [slot.free_after, None if pending is None else pending.done]
         with raw_tensors():
             self._move_twins(unit, slot)
-            copies = unit.copies_to(slot) + self._copies_to_stashed(unit)
-        pending = unit.pending
-        fences = (slot.free_after, None if pending is None else pending.done)
+            if unit.is_cast:
+                updated = Past() if pending is None else pending.done
+                staged = self._staging.stage(unit, buffer_bytes=self.slots.slot_bytes, after=updated)
+                fences.append(staged.ready)
+            copies = unit.copies_to(slot) if staged is None else [Copy(slot.buffer[: unit.num_bytes], staged.bytes)]
+            copies += self._copies_to_stashed(unit, staged)
         after = [event for event in fences if event is not None]
         unit.arrival = self.last_copy = self.lanes.h2d(copies, after=after, label=Label("P", unit.index, unit.name))
+        if staged is not None:
+            staged.hold_until(unit.arrival)
         unit.stamp = unit.current_stamp()
         unit.versions = unit.twin_versions()
         if pending is None:
             unit.host_versions = [host._version for host in unit.parameters]
         self.num_loads += 1
 
-    def _copies_to_stashed(self, unit: Unit) -> list[Copy]:
+    def _copies_to_stashed(self, unit: Unit, staged: Staged | None) -> list[Copy]:
         """What to copy into twins that own their memory; graphs that hold one see a new version, as without us."""
         for index in unit.has_own_storage:
             unit.settle()  # the version says whether graphs may go on
             if unit.parameters[index]._version != unit.host_versions[index]:
                 torch.autograd.graph.increment_version(unit.twin(index))
-        return [Copy(unit.twin(index).data, unit.parameters[index].data) for index in sorted(unit.has_own_storage)]
+        sources = [parameter.data for parameter in unit.parameters] if staged is None else staged.views
+        return [Copy(unit.twin(index).data, sources[index]) for index in sorted(unit.has_own_storage)]
 
     def _move_twins(self, unit: Unit, slot: Slot) -> None:
         if (previous := self._last_slot.get(unit.index)) is not None:
@@ -166,7 +180,7 @@ class Residency:
             host = unit.parameters[index]
             if twin is not None and twin._version != version and twin.size() == host.size():
                 with raw_tensors():
-                    host.data.copy_(twin.data)
+                    write_home(host.data, twin.data)
                 unit.versions[index] = twin._version
                 self.num_copied_back += 1
 
@@ -194,6 +208,7 @@ class Residency:
 
     def close(self) -> None:
         """Evict everything; twins in graphs that are still alive keep their shape and hold one element."""
+        self._staging.close()
         for unit in self.units:
             if unit.slot is not None:
                 self.copy_back(unit)

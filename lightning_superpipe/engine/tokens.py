@@ -20,6 +20,7 @@ from lightning_superpipe.engine.backend import hooks_are_allowed, raw_tensors, s
 from lightning_superpipe.engine.casts import Casts, Conversion
 from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.engine.wire import Wire
 
 __all__ = ["SavedTensors", "TokenHost"]
 
@@ -78,6 +79,7 @@ class TokenHost(Protocol):
         """Whether units can still be loaded."""
 
     device: torch.device
+    wire: Wire
     slots: SlotPool
     units: list[Unit]
     casts: Casts
@@ -95,7 +97,7 @@ class SavedTensors:
 
     def __init__(self, host: TokenHost) -> None:
         self._host = weakref.ref(host)
-        self._device = host.device
+        self._device, self._wire = host.device, host.wire
 
     def is_innermost(self) -> bool:
         """Whether autograd asks this pair of hooks now."""
@@ -221,7 +223,7 @@ class SavedTensors:
     def _rebuild(self, token: Token) -> Tensor:
         """The engine is gone (backward after teardown): read the host parameter."""
         with raw_tensors():
-            here = token.parameter.data.to(self._device)
+            here = self._wire.converted(token.parameter.data).to(self._device)
             return _view_of_cast(here, token) if token.cast else _view_of(here, token)
 
 

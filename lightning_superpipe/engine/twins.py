@@ -24,12 +24,23 @@ class GradientReceiver(Protocol):
         """Send a gradient home to its host parameter."""
 
 
-def make_twin(host: nn.Parameter, device: torch.device, receiver: GradientReceiver, label: Label) -> nn.Parameter:
-    """Return a device parameter without memory, whose gradients go to ``host`` once autograd has finished them."""
+def make_twin(
+    host: nn.Parameter,
+    device: torch.device,
+    receiver: GradientReceiver,
+    label: Label,
+    *,
+    dtype: torch.dtype | None = None,
+) -> nn.Parameter:
+    """Return a device parameter without memory, whose gradients go to ``host`` once autograd has finished them.
+
+    Args:
+        dtype: of the twin; None is the host's.
+    """
     with raw_tensors():
         # Not from an existing tensor: Parameter(x) shares x's version counter, and every later copy into x would look
         # like a write by the user.
-        twin = nn.Parameter(torch.empty(0, dtype=host.dtype, device=device), requires_grad=False)
+        twin = nn.Parameter(torch.empty(0, dtype=dtype or host.dtype, device=device), requires_grad=False)
         twin.__dict__ = host.__dict__  # attributes that people hang on parameters: one dict for both
         if host.is_floating_point() or host.is_complex():
             twin.requires_grad_(True)  # hooks need it; the host's own value is set at each use
@@ -47,7 +58,7 @@ def _send_gradients_home(twin: nn.Parameter, host: nn.Parameter, receiver: Gradi
         if gradient is None:
             return
         if receiver is None or not receiver.is_open:
-            accumulate(host, gradient.to(host.device))  # backward after teardown
+            accumulate(host, gradient.to(host.device, host.dtype))  # backward after teardown
         else:
             receiver.receive_gradient(host, gradient, label)
 

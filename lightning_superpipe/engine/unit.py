@@ -15,6 +15,7 @@ from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Copy, Event
 from lightning_superpipe.engine.pending import Pending, unfenced
 from lightning_superpipe.engine.slots import ALIGNMENT, Slot, storage_key, storage_use_count
+from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.partition import is_streamable
 from lightning_superpipe.tiers import Slab, Tier
 
@@ -46,6 +47,11 @@ class Unit:
         index: position among the units, in registration order.
         make_twin: called once per new twin, to hang the gradient's way home on it.
         anchors: ids of parameters that are not streamed; read at each scan.
+        wire: which dtype each parameter has on the device.
+
+    Attributes:
+        dtypes, offsets, num_bytes: of the parameters on the device.
+        host_offsets, host_bytes: in host memory.
     """
 
     def __init__(
@@ -55,8 +61,11 @@ class Unit:
         module: nn.Module,
         anchors: Container[int],
         make_twin: Callable[[Unit, int], nn.Parameter],
+        *,
+        wire: Wire | None = None,
     ) -> None:
         self.index, self.name, self.module = index, name, module
+        self._wire = wire or Wire()
         self._anchors = anchors
         self._make_twin = make_twin
         self.slot: Slot | None = None
@@ -91,7 +100,10 @@ class Unit:
         self.anchor_sites = [site for site in sites if id(site.parameter) in self._anchors]
         self._signature = _signature(sites)
         self._layouts = [_layout(parameter) for parameter in self.parameters]
-        self.offsets, self.num_bytes = lay_out(self.parameters)
+        self.dtypes = [self._wire.dtype_of(parameter) for parameter in self.parameters]
+        self.is_cast = any(map(self._wire.casts, self.parameters))
+        self.offsets, self.num_bytes = lay_out(self.parameters, self._wire)
+        self.host_offsets, self.host_bytes = lay_out(self.parameters)
         self.twins = [None] * len(self.parameters)
         self._base_references = [0] * len(self.parameters)
         self.versions: list[int] = []
@@ -116,7 +128,7 @@ class Unit:
 
     def reserve(self, tier: Tier) -> None:
         """Take memory for the host bytes, so that a unit travels as one copy."""
-        self._slab = tier.allocate(self.num_bytes)
+        self._slab = tier.allocate(self.host_bytes)
 
     def strays(self) -> list[int]:
         """Parameters whose bytes are not in the unit's slab: at first all, later those with a new ``p.data``."""
@@ -125,7 +137,7 @@ class Unit:
         with unfenced():
             return [
                 index
-                for index, (parameter, offset) in enumerate(zip(self.parameters, self.offsets, strict=True))
+                for index, (parameter, offset) in enumerate(zip(self.parameters, self.host_offsets, strict=True))
                 if parameter.numel() and parameter.data_ptr() != base + offset
             ]
 
@@ -143,12 +155,12 @@ class Unit:
                 parameter = self.parameters[index]
                 if owners is not None and storage_use_count(parameter) > owners.get(storage_key(parameter), 0) + 1:
                     continue
-                home = self._slab.carve(self.offsets[index], parameter.data)
+                home = self._slab.carve(self.host_offsets[index], parameter.data)
                 home.copy_(parameter.data)
                 parameter.data = home
 
     def copies_to(self, slot: Slot) -> list[Copy]:
-        """What to copy into a slot: the slab at once, and strays piece by piece."""
+        """What to copy into a slot: the slab at once, and strays piece by piece. Not for units that are cast."""
         assert self._slab is not None, "reserve() comes first"
         strays = self.strays()
         copies = [Copy(self.view(slot, index), self.parameters[index].data) for index in strays]
@@ -189,9 +201,9 @@ class Unit:
     # -- twins
 
     def view(self, slot: Slot, index: int) -> Tensor:
-        """The bytes of one parameter in a slot, with the host tensor's dtype, sizes and strides."""
+        """The bytes of one parameter in a slot, with the host tensor's sizes and strides."""
         host = self.parameters[index]
-        return slot.view(host.dtype, self.offsets[index], host.size(), host.stride())
+        return slot.view(self.dtypes[index], self.offsets[index], host.size(), host.stride())
 
     def twin(self, index: int) -> nn.Parameter:
         """The device copy of one parameter; made at first use, kept for good."""
@@ -317,24 +329,25 @@ def graph_reference() -> int:
     return gained
 
 
-def lay_out(parameters: Sequence[nn.Parameter]) -> tuple[list[int], int]:
-    """Aligned byte offsets of tensors packed one after the other, and the bytes of all."""
+def lay_out(parameters: Sequence[nn.Parameter], wire: Wire | None = None) -> tuple[list[int], int]:
+    """Aligned byte offsets of tensors packed one after the other, and the bytes of all; on the host, or as ``wire``."""
     offsets, end = [], 0
     for parameter in parameters:
         offsets.append(end)
-        end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+        num_bytes = parameter.nbytes if wire is None else wire.num_bytes(parameter)
+        end += -(-num_bytes // ALIGNMENT) * ALIGNMENT
     return offsets, end
 
 
-def slot_bytes_of(module: nn.Module, anchors: Container[int]) -> int:
+def slot_bytes_of(module: nn.Module, anchors: Container[int], wire: Wire | None = None) -> int:
     """Bytes of the slot that a module needs as a unit."""
-    return lay_out([p for p in module.parameters() if id(p) not in anchors and is_streamable(p)])[1]
+    return lay_out([p for p in module.parameters() if id(p) not in anchors and is_streamable(p)], wire)[1]
 
 
-def trained_bytes_of(module: nn.Module, anchors: Container[int]) -> int:
+def trained_bytes_of(module: nn.Module, anchors: Container[int], wire: Wire | None = None) -> int:
     """Bytes of the gradients that a module makes as a unit."""
     parameters = [p for p in module.parameters() if id(p) not in anchors and is_streamable(p)]
-    return lay_out([p for p in parameters if p.requires_grad])[1]
+    return lay_out([p for p in parameters if p.requires_grad], wire)[1]
 
 
 def _derived_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

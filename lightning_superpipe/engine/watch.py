@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_superpipe.engine.backend import is_on_host
+
 __all__ = ["EvalWatch", "TrainWatch", "WatchHost", "pause"]
 
 _BACKWARD = (torch.autograd.backward, Tensor.backward)
@@ -36,14 +38,14 @@ _METADATA = frozenset(
 class WatchHost(Protocol):
     """What the watches need of the engine."""
 
-    device: torch.device
-    is_separate: bool
-
     def read_outside(self, tensor: Tensor, function: str) -> Tensor:
         """Note that a tensor is an operand outside any unit; return what the operation must get instead."""
 
     def is_buffer(self, value: object) -> bool:
         """Whether a value is a host buffer that has a device copy."""
+
+    def mixes(self, operands: Sequence[Tensor]) -> bool:
+        """Whether an operation has operands that are on the device, or made there, and others that are the host's."""
 
     def bring_home(self, tensor: Tensor) -> None:
         """An in-place operation has written to the device copy of a host tensor."""
@@ -93,7 +95,7 @@ class TrainWatch(TorchFunctionMode):
     def _operate(self, host: WatchHost, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation with what it must get for its operands."""
         in_place = name.endswith("_") and not name.endswith("__")
-        mixes = host.is_separate and _mixes_devices(host.device, args, kwargs)
+        mixes = host.mixes(_tensors((args, kwargs)))
         if in_place and not mixes and not any(map(host.is_buffer, args[:1])):
             for tensor in _tensors(args[:1]):  # an optimizer, or the user, writes on the host
                 host.may_be_written(tensor)
@@ -142,12 +144,12 @@ class EvalWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         host, kwargs = self._host(), kwargs or {}
         if host is None or getattr(func, "is_view", False) or func in _COPIES:
             return func(*args, **kwargs)
-        if _mixes_devices(host.device, args, kwargs):
+        if host.mixes(_tensors((args, kwargs))):
             args, kwargs = tree_map_only(Tensor, lambda tensor: self._replaced(host, tensor, str(func)), (args, kwargs))
         return func(*args, **kwargs)
 
     def _replaced(self, host: WatchHost, tensor: Tensor, function: str) -> Tensor:
-        if not _is_on_host(tensor):
+        if not is_on_host(tensor):
             return tensor
         owner = host.host_of_storage(tensor.untyped_storage().data_ptr())
         if owner is None:
@@ -187,18 +189,8 @@ def _top(stack: list[Any]) -> Any:
     return stack[-1] if stack else None
 
 
-def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dim() > 0 and type(tensor) in (Tensor, nn.Parameter)
-
-
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _mixes_devices(device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation has operands on the device and on the host."""
-    tensors = _tensors((args, kwargs))
-    return any(tensor.device.type == device.type for tensor in tensors) and any(map(_is_on_host, tensors))
 
 
 def _as_sequence(tensors: Any) -> Sequence[Tensor]:

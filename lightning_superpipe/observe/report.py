@@ -12,6 +12,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from lightning_superpipe.observe.host_bytes import HostBytes
+
 __all__ = ["PeakBytes", "Report", "StepCounters"]
 
 _LEFT_OUT = "the peak is without what the loop computes outside the model, such as a loss: no device counts"
@@ -78,7 +80,8 @@ class Report:
         num_steps: training steps so far.
         peak: device bytes by kind at the peak.
         resident_bytes: what the ordinary run would hold on the device at least: weights, gradients, states.
-        host_bytes: bytes of the store.
+        num_parameters: of the model, elements.
+        host: bytes held in host memory by kind, measured.
         last_step: traffic of the last step.
         total: traffic since the run began.
         device: such as ``"cuda:0"``.
@@ -95,7 +98,8 @@ class Report:
     num_steps: int
     peak: PeakBytes
     resident_bytes: int
-    host_bytes: int
+    num_parameters: int
+    host: HostBytes
     last_step: StepCounters
     total: StepCounters
     device: str
@@ -107,6 +111,11 @@ class Report:
     def peak_device_bytes(self) -> int:
         """Most bytes on the device at once, all kinds."""
         return self.peak.total
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes held in host memory, all kinds."""
+        return self.host.total
 
     @property
     def num_loads(self) -> int:
@@ -136,6 +145,7 @@ class Report:
     def as_metrics(self, prefix: str = "superpipe/") -> dict[str, float]:
         """Return all numbers by name, for a logger: totals under their own names, the last step as ``last_step_*``."""
         sizes = {f"peak_{kind}_bytes": size for kind, size in self.peak._asdict().items()}
+        sizes |= {f"host_{kind}_bytes": size for kind, size in self.host._asdict().items()}
         last = {f"last_step_{name}": count for name, count in asdict(self.last_step).items()}
         names = (
             "k",
@@ -143,6 +153,7 @@ class Report:
             "num_resident",
             "num_units",
             "num_steps",
+            "num_parameters",
             "peak_device_bytes",
             "resident_bytes",
             "host_bytes",
@@ -153,7 +164,7 @@ class Report:
     def __rich__(self) -> Group:
         """Return the report for a rich console, in colour."""
         left_out = [] if self.sees_loop else [Text(_LEFT_OUT, style="dim")]
-        return Group(self._headline(), self._memory_table(), *left_out, self._traffic_table())
+        return Group(self._headline(), self._memory_table(), *left_out, self._host_table(), self._traffic_table())
 
     def __str__(self) -> str:
         """Return the report as plain text, at most 100 columns."""
@@ -178,7 +189,18 @@ class Report:
             table.add_row(f"  {kind}", _size(size), self._share(size), style="dim")
         table.add_row("device peak", _size(self.peak.total), self._share(self.peak.total), style="bold")
         table.add_row("ordinary run, at least", _size(self.resident_bytes), "")
-        table.add_row("host store", _size(self.host_bytes), "")
+        return table
+
+    def _host_table(self) -> Table:
+        """Return what the host holds by kind, and for each parameter."""
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("host memory", min_width=_NAME_WIDTH)
+        table.add_column("bytes", justify="right")
+        table.add_column("per parameter", justify="right")
+        shares = self.host.per(self.num_parameters)
+        for (kind, size), share in zip(self.host._asdict().items(), shares, strict=True):
+            table.add_row(f"  {kind}", _size(size), f"{share:.2f}", style="dim")
+        table.add_row("host", _size(self.host_bytes), f"{sum(shares):.2f}", style="bold")
         return table
 
     def _traffic_table(self) -> Table:

@@ -30,7 +30,7 @@ from torch.optim import (
     Rprop,
 )
 
-__all__ = ["Member", "is_separable", "keeps_state", "members", "narrowed", "run_for"]
+__all__ = ["Member", "is_scaled", "is_separable", "keeps_state", "members", "narrowed", "options", "run_for", "step_of"]
 
 # Exact classes: a subclass may look at all parameters in a `step` of its own.
 _SEPARABLE = (ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, RAdam, RMSprop, Rprop)
@@ -87,7 +87,7 @@ def options(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def run_for(optimizer: Optimizer, some: Iterable[Member]) -> None:
     """Run a step for some parameters, at once."""
-    _step(optimizer, options(optimizer), [Member(group, parameter) for group, parameter in some], optimizer.state)
+    step_of(optimizer, options(optimizer), [Member(group, parameter) for group, parameter in some], optimizer.state)
 
 
 def narrowed(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member]) -> Callable[[], None]:
@@ -105,10 +105,10 @@ def narrowed(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Seque
         stand_ins.append(Member(group, stand_in))
         if parameter in optimizer.state:
             state[stand_in] = optimizer.state[parameter]
-    return lambda: _step(optimizer, groups, stand_ins, state)
+    return lambda: step_of(optimizer, groups, stand_ins, state)
 
 
-def _step(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member], state: Any) -> None:
+def step_of(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member], state: Any) -> None:
     """Run the step of an optimizer's class on its twin, without hooks: those belong to the step as a whole."""
     parts = [
         {**options, "params": [member.parameter for member in some if member.group == index]}

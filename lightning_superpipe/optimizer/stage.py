@@ -9,17 +9,18 @@ optimizer is split by unit, and the parts run in a thread of their own: as soon 
 
 from __future__ import annotations
 
+import contextlib
 import random
-import threading
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.engine.engine import Engine
@@ -27,8 +28,10 @@ from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past
 from lightning_superpipe.engine.lanes import Event, now
 from lightning_superpipe.engine.pending import Pending, may_be_held, settle_before_forks, unfenced
 from lightning_superpipe.engine.unit import Unit
-from lightning_superpipe.errors import SuperpipeError
+from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning
 from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.optimizer.masters import Masters
+from lightning_superpipe.optimizer.parts import Announced, Part
 from lightning_superpipe.optimizer.separable import (
     Member,
     is_scaled,
@@ -43,85 +46,66 @@ from lightning_superpipe.optimizer.separable import (
 __all__ = ["UpdateStage"]
 
 
-@dataclass
-class _Announced:
-    """A step that will follow the backward pass to come, and what has been updated of it."""
-
-    optimizer: Optimizer
-    groups: list[dict[str, Any]]
-    members: dict[int, list[Member]]
-    home: dict[int, Counter[int]] = field(default_factory=dict)
-    updated: dict[int, _Part] = field(default_factory=dict)
-
-
-class _Part:
-    """The part of a step that belongs to one unit; its gradients may still be on their way when it is made."""
-
-    def __init__(self, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]) -> None:
-        self._optimizer, self._groups, self._some = optimizer, groups, some
-        self._step: Callable[[], None] | None = None
-        self._lock = threading.Lock()
-
-    def tensors(self) -> list[Tensor]:
-        """All that the part reads or writes, but for the gradients."""
-        states = (self._optimizer.state.get(parameter, {}).values() for _, parameter in self._some)
-        values = [value for state in states for value in state if isinstance(value, Tensor)]
-        return list({id(tensor): tensor for tensor in [*(m.parameter for m in self._some), *values]}.values())
-
-    def gradients(self) -> list[Tensor | None]:
-        return [member.parameter.grad for member in self._some]
-
-    def take_gradients(self, pending: Pending) -> None:
-        """The gradients are complete: they are the part's from now on, whatever becomes of ``p.grad``."""
-        with self._lock, unfenced():
-            if self._step is None:
-                pending.hold(self.gradients())
-                self._step = narrowed(self._optimizer, self._groups, self._some)
-
-    def run(self, pending: Pending) -> None:
-        self.take_gradients(pending)
-        assert self._step is not None
-        self._step()
-
-
 class UpdateStage:
     """Splits the steps of optimizers by the units of one engine.
 
     Args:
         max_delay_ms: each part starts up to this much later, at random: a missing fence then shows as wrong numbers.
         seed: of those delays.
+        masters: runs the parts where parameters have master weights; None where none have.
+        in_thread: False: all parts run at once, when the step is asked for.
 
     Attributes:
         num_parts: parts of steps that ran in the thread.
     """
 
-    def __init__(self, engine: Engine, *, max_delay_ms: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_delay_ms: float = 0.0,
+        seed: int = 0,
+        masters: Masters | None = None,
+        in_thread: bool = True,
+    ) -> None:
         self._engine = engine
+        self._masters, self._in_thread = masters, in_thread
+        self._part = partial(Part, narrowed if masters is None else masters.narrowed)
         self._lane = HostLane("superpipe-update")
         self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
         self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
         self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
-        self._announced: _Announced | None = None
+        self._announced: Announced | None = None
         self._once: set[int] = set()
+        self._whole: set[str] = set()
         self.num_parts = 0
         settle_before_forks()
 
     # -- whose steps
 
-    def attend(self, optimizers: Iterable[Optimizer]) -> list[str]:
-        """Split the steps of these optimizers from now on; return the names of those that cannot be."""
-        whole = []
+    def attend(self, optimizers: Iterable[Optimizer]) -> None:
+        """Split the steps of these optimizers from now on; name those that cannot be, once."""
         for optimizer in optimizers:
+            own_hooks = self._masters.attend(optimizer) if self._masters and optimizer not in self._hooks else []
             if not is_separable(optimizer):
-                whole.append(type(optimizer).__name__)
+                self._note_whole(type(optimizer).__name__)
             elif optimizer not in self._hooks:
                 self._hooks[optimizer] = [
                     optimizer.register_step_post_hook(self._after_step),
                     optimizer.register_step_pre_hook(self._before_step),
                     optimizer.register_state_dict_pre_hook(self._settle),
                     optimizer.register_load_state_dict_pre_hook(self._settle),
+                    *own_hooks,
                 ]
-        return whole
+
+    def _note_whole(self, name: str) -> None:
+        if self._in_thread and name not in self._whole:
+            self._whole.add(name)
+            warnings.warn(
+                f"{name} is not known to update each parameter by itself: its step runs as a whole.",
+                SuperpipeWarning,
+                stacklevel=4,
+            )
 
     def _settle(self, optimizer: Optimizer, *_: Any) -> None:
         """Wait until nothing of an optimizer is under way."""
@@ -152,6 +136,8 @@ class UpdateStage:
         for unit in self._units_of(optimizer):
             if unit.index not in updated:
                 unit.settle()
+        if self._masters is not None:
+            self._masters.refuse_scaled(optimizer, members(optimizer))
         if is_scaled(optimizer):
             return
         everything, groups = members(optimizer), options(optimizer)
@@ -160,10 +146,11 @@ class UpdateStage:
         for unit in self._engine.units_by_need():
             some = of_units.get(unit.index, [])
             if some and unit.index not in updated and self._may_start(optimizer, some):
-                self._start(unit, _Part(optimizer, groups, some), after=Past())
+                self._start(unit, self._part(optimizer, groups, some), after=Past())
                 started.update(id(member.parameter) for member in some)
         # In the optimizer's own order: it is that of new states in checkpoints.
-        run_for(optimizer, [member for member in everything if id(member.parameter) not in started])
+        rest = [member for member in everything if id(member.parameter) not in started]
+        (run_for if self._masters is None else self._masters.run_for)(optimizer, rest)
         self._set_aside[optimizer] = optimizer.param_groups
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._hooks[optimizer][0].id, last=False)
@@ -183,12 +170,15 @@ class UpdateStage:
 
     def _may_start(self, optimizer: Optimizer, some: Sequence[Member]) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
-        if not all(keeps_state(optimizer, member) for member in some):
+        if not self._in_thread or not all(keeps_state(optimizer, member) for member in some):
             return False
-        part = _Part(optimizer, [], some)
+        masters = self._masters
+        if masters is not None and not all(masters.has_master(optimizer, member.parameter) for member in some):
+            return False
+        part = self._part(optimizer, [], some)
         return may_be_held([*part.tensors(), *(gradient for gradient in part.gradients() if gradient is not None)])
 
-    def _start(self, unit: Unit, part: _Part, *, after: Event) -> None:
+    def _start(self, unit: Unit, part: Part, *, after: Event) -> None:
         """Run a part in the thread, after an event that completes its gradients."""
         delay, lanes, done = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes, HostEvent()
         pending = unit.pending = Pending(part.tensors(), done, unit.note_settled)
@@ -208,11 +198,29 @@ class UpdateStage:
 
     # -- in backward
 
+    @contextlib.contextmanager
+    def announced(self, optimizer: Optimizer) -> Iterator[None]:
+        """Scope of a step whose closure runs the backward pass that :meth:`announce` speaks of."""
+        self.announce(optimizer)
+        try:
+            yield
+        except BaseException:
+            if names := self.withdraw():
+                warnings.warn(
+                    f"the step was interrupted after {len(names)} of {len(self._engine.units)} units had been updated "
+                    f"({names[0]} first): weights are not those of a finished step. Go on from the last checkpoint, or "
+                    "use update='after_backward'.",
+                    SuperpipeWarning,
+                    stacklevel=4,
+                )
+            raise
+        self.withdraw()
+
     def announce(self, optimizer: Optimizer) -> None:
         """Promise that the next backward pass is the last before a step of this optimizer, and that nobody looks at
         gradients in between: each unit may be updated as soon as its gradients are home.
         """
-        if optimizer not in self._hooks:
+        if optimizer not in self._hooks or not self._in_thread:
             return
         everything = [
             Member(index, parameter)
@@ -220,7 +228,7 @@ class UpdateStage:
             for parameter in group["params"]
             if parameter.requires_grad or parameter.grad is not None
         ]
-        self._announced = _Announced(optimizer, options(optimizer), self._by_unit(everything))
+        self._announced = Announced(optimizer, options(optimizer), self._by_unit(everything))
         self._engine.gradients.on_home = self._note_home
 
     def withdraw(self) -> list[str]:
@@ -230,7 +238,7 @@ class UpdateStage:
             self._engine.units[index].settle()
         return [self._engine.units[index].name for index in sorted(updated)]
 
-    def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, _Part]:
+    def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, Part]:
         """The backward pass is over, and with it the gradients are complete; return what has been updated."""
         announced, self._announced = self._announced, None
         self._engine.gradients.on_home = None
@@ -258,7 +266,7 @@ class UpdateStage:
         home.update(id(parameter) for parameter in parameters)
         is_complete = all(id(member.parameter) in home for member in some) and self._comes_once(index)
         if is_complete and self._may_start(announced.optimizer, some):
-            part = announced.updated[index] = _Part(announced.optimizer, announced.groups, some)
+            part = announced.updated[index] = self._part(announced.optimizer, announced.groups, some)
             self._start(unit, part, after=landed)
 
     def _comes_once(self, index: int) -> bool:

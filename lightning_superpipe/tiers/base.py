@@ -32,7 +32,7 @@ class Slab(ABC):
 
 
 class Tier(ABC):
-    """An allocator of slabs: host memory today; files or shared memory fit the same three calls."""
+    """An allocator of slabs: host memory today; files or shared memory fit the same calls."""
 
     @abstractmethod
     def allocate(self, num_bytes: int) -> Slab:
@@ -42,10 +42,22 @@ class Tier(ABC):
             BudgetError: the tier has no room for it.
         """
 
+    @abstractmethod
+    def part(self, kind: str, *, pin: bool | None = None) -> Tier:
+        """Return the part of this tier that holds bytes of one kind, always the same; it closes with the tier.
+
+        Args:
+            pin: page-lock its slabs, from the first call on; None as the tier does.
+        """
+
     @property
     @abstractmethod
     def allocated_bytes(self) -> int:
-        """Bytes of the slabs handed out and not closed."""
+        """Bytes of the slabs handed out, those of its parts included."""
+
+    @abstractmethod
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of its slabs, those of its parts included."""
 
     @abstractmethod
     def close(self) -> None:

@@ -54,10 +54,24 @@ class HostTier(Tier):
     def __init__(self, *, pin: bool) -> None:
         self._pin = pin
         self._slabs: list[HostSlab] = []
+        self._parts: dict[str, HostTier] = {}
+
+    def part(self, kind: str, *, pin: bool | None = None) -> HostTier:
+        if kind not in self._parts:
+            self._parts[kind] = HostTier(pin=self._pin if pin is None else pin)
+        return self._parts[kind]
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(slab.num_bytes for slab in self._slabs if slab.is_open)
+        own = sum(slab.num_bytes for slab in self._slabs if slab.is_open)
+        return own + sum(part.allocated_bytes for part in self._parts.values())
+
+    def holds(self, tensor: Tensor) -> bool:
+        address = tensor.data_ptr()
+        starts = ((slab.bytes.data_ptr(), slab.num_bytes) for slab in self._slabs)
+        return any(0 <= address - start < size for start, size in starts) or any(
+            part.holds(tensor) for part in self._parts.values()
+        )
 
     def allocate(self, num_bytes: int) -> HostSlab:
         try:
@@ -82,6 +96,8 @@ class HostTier(Tier):
         for slab in self._slabs:
             slab.close()
         self._slabs.clear()
+        for part in self._parts.values():
+            part.close()
 
 
 def _page_lock(pages: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_superpipe import SuperpipeStrategy
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe import Report, StepCounters
+from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.planning import loads_forward, loads_training, loads_unchanged
 from tests.parity.harness import trainer
 from tests.parity.probe import Device, ProbeModule
@@ -141,7 +142,9 @@ def test_bytes_and_sizes_are_those_of_the_module(device: Device) -> None:
     assert report.peak_device_bytes == sum(report.peak)
     num_steps_bytes = 12 * 4  # AdamW keeps a step counter per parameter
     assert report.resident_bytes == weights + weights + 2 * weights + num_steps_bytes
-    assert report.host_bytes == report.resident_bytes
+    gradients = weights if device == "cpu" else 6 * SLOT_BYTES  # in slabs, where memory is not shared
+    assert report.host == HostBytes(6 * SLOT_BYTES, 0, gradients, 2 * weights + num_steps_bytes)
+    assert report.num_parameters == weights // 4
     assert report.h2d_bytes == report.num_loads * SLOT_BYTES
     assert report.d2h_bytes == 12 * weights and report.last_step.d2h_bytes == weights
     assert report.stall_seconds >= 0 and report.unit_overhead_us > 0

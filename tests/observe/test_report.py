@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from lightning_superpipe.observe import PeakBytes, Report, StepCounters
+from lightning_superpipe.observe.host_bytes import HostBytes
 
 REPORT = Report(
     k=4,
@@ -16,7 +17,8 @@ REPORT = Report(
     num_steps=400,
     peak=PeakBytes(slots=36 << 20, anchors=3 << 20, gradients=24 << 20, activations=55 << 20),
     resident_bytes=576 << 20,
-    host_bytes=900 << 20,
+    num_parameters=75 << 20,
+    host=HostBytes(weights=300 << 20, gradients=300 << 20, states=300 << 20),
     last_step=StepCounters(num_loads=48, h2d_bytes=500 << 20, d2h_bytes=300 << 20, stall_seconds=0.0213),
     total=StepCounters(19_200, 2, 200_000 << 20, 120_000 << 20, 8.5),
     device="emu:0",
@@ -53,7 +55,7 @@ def test_metrics_hold_every_number_under_the_prefix_as_floats() -> None:
     assert metrics["superpipe/num_loads"] == 19_200
     assert metrics["superpipe/last_step_num_loads"] == 48
     assert metrics["superpipe/last_step_stall_seconds"] == 0.0213
-    numbers = 10 + 4 + 5 + 5  # own, peak by kind, total, last step
+    numbers = 11 + 4 + 4 + 5 + 5  # own, peak by kind, host by kind, total, last step
     assert len(metrics) == numbers
     assert set(REPORT.as_metrics(prefix="")) == {name.removeprefix("superpipe/") for name in metrics}
 
@@ -66,7 +68,8 @@ def test_metrics_hold_every_number_under_the_prefix_as_floats() -> None:
         ["gradients", "24.0 MiB", "4.2%"],
         ["device peak", "118.0 MiB", "20.5%"],
         ["ordinary run, at least", "576.0 MiB"],
-        ["host store", "900.0 MiB"],
+        ["weights", "300.0 MiB", "4.00"],
+        ["host", "900.0 MiB", "12.00"],
         ["loads", "48", "19,200"],
         ["plan misses", "0", "2"],
         ["host to device", "500.0 MiB", "195.3 GiB"],

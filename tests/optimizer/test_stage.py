@@ -203,19 +203,19 @@ def without_fenced_tensors(patch: Patch) -> None:
 def without_options_of_now(patch: Patch) -> None:
     """A part runs with the hyperparameters of the time when it runs."""
     patch.setattr(stage, "options", lambda optimizer: optimizer.param_groups)
-    step = separable._step
+    step = separable.step_of
 
     def later(optimizer: Optimizer, groups: Any, some: Any, state: Any) -> None:
         step(optimizer, separable.options(optimizer), some, state)
 
-    patch.setattr(separable, "_step", later)
+    patch.setattr(separable, "step_of", later)
 
 
 def without_gradients_of_now(patch: Patch) -> None:
     """A part takes ``p.grad`` when it runs."""
 
     def later(optimizer: Optimizer, groups: Any, some: Any) -> Callable[[], None]:
-        return lambda: separable._step(
+        return lambda: separable.step_of(
             optimizer, groups, [member for member in some if member.parameter.grad is not None], optimizer.state
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.report import PeakBytes, Report, StepCounters
 from lightning_superpipe.sweeps import JobResult, Row, record_job
 
@@ -35,7 +36,8 @@ def result(k: int, k_prime: int = 1, *, emulated: bool = True) -> JobResult:
         num_steps=4,
         peak=PeakBytes(slots=k * MIB, anchors=MIB // 2, gradients=MIB, activations=3 * MIB),
         resident_bytes=ORDINARY_BYTES,
-        host_bytes=ORDINARY_BYTES,
+        num_parameters=10_000_000,
+        host=HostBytes(weights=ORDINARY_BYTES),
         last_step=counters,
         total=counters + counters,
         device="cpu",

@@ -1,0 +1,22 @@
+"""The window that an engine moves over a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Window"]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How units move through slots, and how hostile the slots are (see the configuration).
+
+    Attributes:
+        num_resident: units that stay beside the ``k``, evenly spread.
+    """
+
+    k: int
+    k_prime: int
+    poison: bool = False
+    slot_seed: int | None = None
+    num_resident: int = 0

@@ -1,0 +1,90 @@
+"""Host memory of one session: what its training will need, asked before anything is allocated, and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_superpipe.engine.staging import NUM_BUFFERS
+from lightning_superpipe.engine.wire import Wire
+from lightning_superpipe.observe.host_bytes import HostBytes, storage_bytes
+from lightning_superpipe.optimizer.masters import MASTER, wants_master
+from lightning_superpipe.optimizer.state_size import missing_state_bytes
+from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.host_budget import HostNeed
+from lightning_superpipe.tiers import Tier
+
+__all__ = ["held_bytes", "host_need"]
+
+_MASTER_BYTES = torch.float32.itemsize
+
+
+def host_need(
+    root: nn.Module,
+    optimizers: Sequence[Optimizer],
+    device_need: MemoryNeed,
+    wire: Wire,
+    *,
+    with_masters: bool,
+) -> HostNeed:
+    """What a training takes on the host; optimizers that are not known yet count nothing but their masters.
+
+    Args:
+        device_need: tells the sizes of units on the link, and whether anything is trained.
+        with_masters: parameters of 2 bytes get float32 masters.
+    """
+    present = [parameter for parameter in root.parameters() if not nn.parameter.is_lazy(parameter)]
+    weights = sum(tensor.nbytes for tensor in (*present, *root.buffers()))
+    staging = NUM_BUFFERS * device_need.slot_bytes + device_need.gradient_bytes if wire.dtype is not None else 0
+    if not device_need.trains:
+        return HostNeed(weights, staging, held=weights)
+    trained = [parameter for parameter in present if parameter.requires_grad]
+    gradients, has_gradients = (
+        sum(parameter.nbytes for parameter in trained),
+        sum(parameter.nbytes for parameter in trained if parameter.grad is not None),
+    )
+    states = storage_bytes(_state_tensors(optimizers))
+    missing = sum(missing_state_bytes(optimizer, with_masters=with_masters) for optimizer in optimizers)
+    have_master = {
+        id(parameter) for optimizer in optimizers for parameter, state in optimizer.state.items() if MASTER in state
+    }
+    masters = sum(
+        _MASTER_BYTES * parameter.numel()
+        for parameter in trained
+        if with_masters and wants_master(parameter) and id(parameter) not in have_master
+    )
+    held = weights + has_gradients + states
+    return HostNeed(weights, staging, gradients, states + missing, masters, held)
+
+
+def held_bytes(root: nn.Module, optimizers: Iterable[Optimizer], tier: Tier, *, scratch_bytes: int) -> HostBytes:
+    """Measure what a session holds: the tier's slabs, and the memory of tensors that lie elsewhere.
+
+    Args:
+        scratch_bytes: memory for casts that no tier knows.
+    """
+    parameters = [parameter for parameter in root.parameters() if not nn.parameter.is_lazy(parameter)]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return HostBytes(
+        weights=_with_strays(tier.part("weights"), [*parameters, *root.buffers()]),
+        staging=tier.part("wire").allocated_bytes + scratch_bytes,
+        gradients=_with_strays(tier.part("gradients"), gradients),
+        states=storage_bytes(_state_tensors(optimizers)),
+    )
+
+
+def _with_strays(tier: Tier, tensors: Sequence[Tensor]) -> int:
+    with torch._C.DisableTorchFunctionSubclass():  # addresses need not wait for updates under way
+        strays = [each for each in tensors if each.layout is torch.strided and not tier.holds(each)]
+    return tier.allocated_bytes + storage_bytes(strays)
+
+
+def _state_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """What optimizers keep for their parameters; most keep a dict for each."""
+    entries: list[Any] = [state for optimizer in optimizers for state in optimizer.state.values()]
+    values = [value for state in entries for value in (state.values() if isinstance(state, dict) else [state])]
+    return [value for value in values if isinstance(value, Tensor)]

@@ -1,0 +1,86 @@
+"""Whether the host can hold a training: bytes needed by kind, against what is available."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from humanize import naturalsize
+
+from lightning_superpipe.errors import BudgetError
+
+__all__ = ["HostNeed"]
+
+
+@dataclass(frozen=True)
+class HostNeed:
+    """Bytes of host memory that a training takes in all, and what of it is held already.
+
+    Attributes:
+        weights: parameters and buffers.
+        staging: what waits to be copied or has just landed.
+        gradients: of the trained parameters; 0 where nothing is trained.
+        states: of the optimizers that are known so far.
+        masters: float32 copies of parameters of 2 bytes.
+        held: those of the above that have their memory by now.
+    """
+
+    weights: int
+    staging: int = 0
+    gradients: int = 0
+    states: int = 0
+    masters: int = 0
+    held: int = 0
+
+    @property
+    def total(self) -> int:
+        """All kinds together.
+
+        >>> HostNeed(weights=40, gradients=40, states=80, held=40).total
+        160
+        """
+        return self.weights + self.staging + self.gradients + self.states + self.masters
+
+    def check(self, *, available: int, limit: int | None) -> None:
+        """Raise unless the host can hold it all.
+
+        Args:
+            available: bytes that may still be taken.
+            limit: the option ``host_memory``: bytes that all may take together, in place of ``available``.
+
+        Raises:
+            BudgetError: with the bytes needed and available, and what to do.
+
+        >>> HostNeed(weights=40, states=80, held=40).check(available=80, limit=None)
+        """
+        if limit is not None and self.total > limit:
+            raise BudgetError(f"{self._needed(self.total)}; host_memory allows {_size(limit)}. {self._advice()}")
+        if limit is None and self.total - self.held > available:
+            raise BudgetError(
+                f"{self._needed(self.total)}; {_size(self.held)} are held already, and of the other "
+                f"{_size(self.total - self.held)} the host has {_size(available)} available. {self._advice()} If more "
+                "is free than that, say so with host_memory."
+            )
+
+    def _needed(self, total: int) -> str:
+        kinds = {
+            "weights": self.weights,
+            "staging": self.staging,
+            "gradients": self.gradients,
+            "optimizer states": self.states,
+            "float32 masters": self.masters,
+        }
+        listed = ", ".join(f"{_size(size)} of {kind}" for kind, size in kinds.items() if size)
+        return f"training needs {_size(total)} of host memory: {listed}"
+
+    def _advice(self) -> str:
+        """Name what would take less of the kind that takes most."""
+        ways = ["train fewer parameters (adapters)"]
+        if self.states:
+            ways.append("take an optimizer with smaller states (Adafactor, SGD)")
+        if self.masters:
+            ways.append("leave master_weights out")
+        return f"Use a host with more memory, or {', or '.join(ways)}."
+
+
+def _size(num_bytes: int) -> str:
+    return f"{naturalsize(num_bytes, binary=True)} ({num_bytes} bytes)"
