@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from lightning_superpipe import SuperpipeAccelerator, SuperpipeTrainer
 from tests.frontends.story import Story, make_model, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CONTEXT = multiprocessing.get_context("fork")
+# Not "fork": a copy of a process with threads, and this one has many, may hang.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([__name__])
 WIDTH = 384
 NUM_STEPS = 300  # more than are made before the kill
 DATA: Any = [{"input_ids": ids, "labels": ids} for ids in texts(Story(num_steps=NUM_STEPS))]
@@ -127,7 +130,7 @@ def test_a_state_whose_save_is_killed_loads_as_it_was(wait_ms: int, tmp_path: Pa
 @pytest.mark.parametrize("number", range(NUM_RENAMES))
 def test_a_kill_between_the_renames_loses_nothing(number: int, after: bool, tmp_path: Path) -> None:
     """The old state until the new one is complete and about to take its place, then the new one."""
-    killed(save_states, tmp_path / "state", lambda: die_at_rename(number, after=after), wait_ms=None)
+    killed(save_states, tmp_path / "state", partial(die_at_rename, number, after=after), wait_ms=None)
     is_replaced = (number, after) >= (1, True)
     assert assert_one_save(tmp_path / "state", SuperpipeAccelerator) == int(is_replaced)
     assert os.listdir(tmp_path) == ["state"]
@@ -200,6 +203,6 @@ def test_a_run_killed_while_it_saves_resumes_exactly(wait_ms: int, kind: Any, tm
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("number", [0, 1, 2])  # complete, in its place, the oldest away
 def test_a_run_killed_between_its_renames_resumes_exactly(number: int, after: bool, tmp_path: Path) -> None:
-    killed(train_for_ever, tmp_path, lambda: die_at_rename(number, after=after), wait_ms=None)
+    killed(train_for_ever, tmp_path, partial(die_at_rename, number, after=after), wait_ms=None)
     assert assert_resumes(tmp_path, SuperpipeTrainer) == (2 if (number, after) == (0, False) else 3)
     assert not list(tmp_path.glob(".superpipe*"))
