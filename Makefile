@@ -6,16 +6,17 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+GPU_PROOF_ARGS ?=
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format types bench clean
+.PHONY: help install demo test lint format types bench gpu-proof clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## create .venv with everything in it (the other targets do so by themselves)
 
@@ -54,6 +55,9 @@ types: $(STAMP) ## mypy --strict on the package
 
 bench: $(STAMP) ## run every experiments/*/bench.py on this machine (BENCH_ARGS are handed to each)
 	@set -e; for script in $(sort $(wildcard experiments/*/bench.py)); do echo "== $$script"; $(RUN) $$script $(BENCH_ARGS); done
+
+gpu-proof: $(STAMP) ## tests, measurements and peers on a CUDA device; without one a tiny emulation of it
+	$(RUN) experiments/gpu_proof/prove.py $(GPU_PROOF_ARGS)
 
 clean: ## remove the environment, caches and outputs
 	rm -rf $(VENV) build dist outputs lightning_logs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -14,6 +14,8 @@ from torch import nn
 from lightning_superpipe.errors import ConfigError
 
 __all__ = [
+    "ACTIVATIONS",
+    "ActivationChoice",
     "Adversary",
     "Auto",
     "Link",
@@ -27,6 +29,8 @@ __all__ = [
 
 Auto = Literal["auto"]
 Update = Literal["auto", "in_backward", "after_backward", "at_once"]
+ACTIVATIONS = ("keep", "recompute", "offload", "auto")
+ActivationChoice = str | Mapping[str, str]
 WireDtype = Literal["bfloat16", "float16"]
 UnitChoice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
@@ -131,6 +135,12 @@ class SuperpipeConfig:
             state holds (as ``"master"``), and get the rounded values after each step; None updates them as they are.
         units: class names, module names or patterns, or a callable ``(name, module) -> bool`` that marks the units;
             None finds them.
+        activations: what becomes of the activations that autograd saves inside units: ``"keep"``, ``"recompute"`` (in
+            backward), ``"offload"`` (to the host and back), or ``"auto"``: keep, but recompute from the second step on
+            where the first exceeded ``device_memory``. Or a mapping of unit names or patterns to these, of which the
+            first that matches counts: ``{"h.*": "recompute", "*": "keep"}``; units that none matches keep.
+        micro_batches: parts that each batch is split into inside the units that recompute, so that weights cross the
+            link once for all of them; above 1 ``"auto"`` means recompute, and sums are taken in another order.
         pin_memory: page-lock the host store; ``"auto"`` does so where the device can use it.
         fused_optimizer: use torch's fused CPU kernels where the optimizer left the choice open; ``"auto"`` does so on
             accelerators only, where no choice could be bit-equal to an update on the device.
@@ -156,6 +166,8 @@ class SuperpipeConfig:
     wire_dtype: WireDtype | None = None
     master_weights: Literal["float32"] | None = None
     units: UnitChoice = None
+    activations: ActivationChoice = "auto"
+    micro_batches: int = 1
     pin_memory: bool | Auto = "auto"
     fused_optimizer: bool | Auto = "auto"
     update: Update = "auto"
@@ -185,6 +197,8 @@ class SuperpipeConfig:
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ConfigError(f"record_step={step!r}: the index of a training step (0 or more), or null.")
         _check_units(self.units)
+        _check_count("micro_batches", self.micro_batches)
+        _check_activations(self.activations, self.micro_batches)
         for name, nested in (("link", Link), ("adversary", Adversary)):
             if not isinstance(getattr(self, name), nested | None):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: a mapping of {_names(nested)} is allowed, or null.")
@@ -246,6 +260,25 @@ def _check_units(units: Any) -> None:
         raise ConfigError(
             f"units={units!r}: a class name, a module name or pattern, a list of these, or a callable "
             "(name, module) -> bool is allowed; null finds the units."
+        )
+
+
+def _check_activations(choice: Any, micro_batches: int) -> None:
+    """Raise ConfigError unless ``choice`` is a policy, or a mapping of names to policies, that suits micro-batches."""
+    policies = list(choice.values()) if isinstance(choice, Mapping) else [choice]
+    for policy in policies:
+        if policy not in ACTIVATIONS:
+            hint = nearest(policy, ACTIVATIONS) if isinstance(policy, str) else "a policy is text."
+            raise ConfigError(
+                f"activations={choice!r}: {policy!r} is no policy, {hint} Policies are {', '.join(ACTIVATIONS)}, or a "
+                "mapping of unit names or patterns to these."
+            )
+    if isinstance(choice, Mapping) and not (choice and all(isinstance(name, str) and name for name in choice)):
+        raise ConfigError(f"activations={choice!r}: a mapping names at least one unit or pattern, as text.")
+    if micro_batches > 1 and not {"recompute", "auto"} & set(policies):
+        raise ConfigError(
+            f"micro_batches={micro_batches} splits the batch inside units that recompute, but activations={choice!r} "
+            "lets none do so. Use activations='recompute', or micro_batches=1."
         )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,17 +14,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.choices import make_lanes, memory_need, wire_of
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
+from lightning_superpipe.engine.swap import owner_of
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.host_memory import held_bytes, host_need
 from lightning_superpipe.observe.host_bytes import available_bytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.optimizer import FusedChoice, Masters, UpdateStage, sparsely_differentiated, wants_fused
+from lightning_superpipe.optimizer import FusedChoice, Masters, make_stage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import choose_k, choose_residents
 from lightning_superpipe.tiers import HostTier
@@ -45,7 +48,7 @@ class Session:
         optimizers: those that are known already; :meth:`attend` is called with all.
 
     Raises:
-        PartitionError, UnsupportedError: the module cannot be streamed, or not as asked.
+        PartitionError, UnsupportedError: the module cannot be streamed, or not as asked, or streams already.
         BudgetError: the window does not fit ``device_memory``, or the training the host.
     """
 
@@ -59,7 +62,8 @@ class Session:
         owns_root: bool = False,
         optimizers: Iterable[Optimizer] = (),
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.trains = config, device, trains
+        _refuse_streamed(root)
         if config.update == "in_backward" and owns_root:
             raise UnsupportedError(
                 "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
@@ -81,10 +85,11 @@ class Session:
         # What is cast on the way is copied from staging memory: its masters need no page lock.
         self._tier = HostTier(pin=_may_pin(config, device) and self._wire.dtype is None)
         self._engine = self._make_engine(root, found, owns_root)
-        self._updates = self._make_updates()
+        self._masters = Masters() if config.master_weights is not None else None
+        self._updates = make_stage(self._engine, config, self._masters)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
-        self._whole: set[str] = set()
+        self._root, self._owns_root = root, owns_root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = False
         self._at_step_start = self._last_step = StepCounters()
@@ -95,6 +100,7 @@ class Session:
         hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
         seed = hostile.seed if hostile.shuffle_slots else None
         window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident)
+        names = [unit.name for unit in found.units]
         return Engine(
             root,
             [(unit.name, unit.module) for unit in found.units],
@@ -104,6 +110,8 @@ class Session:
             tier=self._tier,
             pin=_may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
+            choices=choose_policies(self.config.activations, names, micro_batches=self.config.micro_batches),
+            micro_batches=self.config.micro_batches,
             wire=self._wire,
         )
 
@@ -114,33 +122,18 @@ class Session:
         limit = self.config.host_memory if isinstance(self.config.host_memory, int) else None
         need.check(available=available_bytes(), limit=limit)
 
-    def _make_updates(self) -> UpdateStage | None:
-        """The stage that splits optimizer steps; None where they stay whole."""
-        hostile, setting = self.config.adversary, self.config.update
-        gains_nothing = self._engine.lanes.shares_memory and hostile is None
-        at_once = setting == "at_once" or (setting == "auto" and gains_nothing)
-        self._masters = Masters() if self.config.master_weights is not None else None
-        if at_once and self._masters is None:
-            return None
-        return UpdateStage(
-            self._engine,
-            max_delay_ms=hostile.max_delay_ms if hostile is not None else 0.0,
-            seed=hostile.seed if hostile is not None else 0,
-            masters=self._masters,
-            in_thread=not at_once,
-        )
-
     # -- steps
 
     @contextlib.contextmanager
-    def _call_scope(self, kind: str) -> Iterator[None]:
+    def _call_scope(self, kind: str) -> Iterator[Callable[[Any], None] | None]:
         """Scope of one call of the root by a loop that opens no steps; the calls inside a ``generate`` share one."""
         if self._is_in_scope:
-            yield
+            yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
         with self.step(mode):
-            yield
+            is_followed = mode == TRAIN and self._is_counted()  # nobody tells us when backward begins
+            yield partial(self._meter.follow, since=torch.autograd._get_sequence_nr()) if is_followed else None  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
@@ -179,7 +172,9 @@ class Session:
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
-        self._engine.on_boundary = self._meter.sample if self._is_counted() else None
+        is_counted = self._is_counted()
+        self._engine.on_boundary = self._meter.sample if is_counted else None
+        self._engine.gradients.on_handed_over = self._meter.leave_out if is_counted else None
 
     def _use_spare_memory(self) -> None:
         """Let units stay in what the first steps left of the budget."""
@@ -198,6 +193,8 @@ class Session:
         self._is_step_open = False
         self._meter.sample()
         self._last_step = self._counters() - self._at_step_start
+        if self._num_steps == 1:
+            self._keep_within_budget()
         if self._meter.recorder is not None:
             self._meter.recorder = None
             self.recording = self._engine.lanes.stop_recording().finish(
@@ -208,6 +205,21 @@ class Session:
                 emulated=self.is_emulated,
                 resident_bytes=sum(self._training_state()),
                 budget_bytes=self._budget,
+            )
+
+    def _keep_within_budget(self) -> None:
+        """Let units recompute from the second step on, where the first one's activations were more than allowed."""
+        if self.config.activations != "auto" or self._budget is None:
+            return
+        took, left = self._meter.peak.activations, self._budget - self._need.total(self.k)
+        if took > left:
+            self._engine.activations.recompute_all()
+            warnings.warn(
+                f"activations took {naturalsize(took, binary=True)} in the first step, but device_memory leaves "
+                f"{naturalsize(max(left, 0), binary=True)} for them: from now on units recompute theirs in backward. "
+                "Set activations to 'recompute' to begin with it, or to 'keep' to allow more.",
+                SuperpipeWarning,
+                stacklevel=2,
             )
 
     def _is_counted(self) -> bool:
@@ -252,35 +264,12 @@ class Session:
             if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
         ]
         self._require_host()
-        whole = [] if self._updates is None else self._updates.attend(self._optimizers)
-        for name in set(whole) - self._whole:
-            warnings.warn(
-                f"{name} is not known to update each parameter by itself: its step runs as a whole.",
-                SuperpipeWarning,
-                stacklevel=3,
-            )
-        self._whole |= set(whole)
+        if self._updates is not None:
+            self._updates.attend(self._optimizers)
 
-    @contextlib.contextmanager
-    def updating_in_backward(self, optimizer: Optimizer) -> Iterator[None]:
+    def updating_in_backward(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
         """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
-        if self._updates is None:
-            yield
-            return
-        self._updates.announce(optimizer)
-        try:
-            yield
-        except BaseException:
-            if names := self._updates.withdraw():
-                warnings.warn(
-                    f"the step was interrupted after {len(names)} of {len(self.units)} units had been updated "
-                    f"({names[0]} first): weights are not those of a finished step. Go on from the last checkpoint, or "
-                    "use update='after_backward'.",
-                    SuperpipeWarning,
-                    stacklevel=2,
-                )
-            raise
-        self._updates.withdraw()
+        return contextlib.nullcontext() if self._updates is None else self._updates.announced(optimizer)
 
     def streams(self, model: nn.Module) -> bool:
         """Whether this is the session of a module."""
@@ -334,6 +323,7 @@ class Session:
             total=self._counters(),
             device=str(self.device),
             emulated=self.is_emulated,
+            sees_loop=self._meter.sees_all or not self._owns_root,
             unit_overhead_us=self._engine.overhead_us(),
         )
 
@@ -360,6 +350,17 @@ class Session:
             value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state)
         )
         return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
+
+
+def _refuse_streamed(root: nn.Module) -> None:
+    """Two engines would bind the same modules, each over the other's copies."""
+    name = next((name for name, module in root.named_modules() if owner_of(module) is not None), None)
+    if name is not None:
+        part = f"its part {name!r}" if name else f"this {type(root).__name__}"
+        raise UnsupportedError(
+            f"the model streams already ({part}): end that first, by pipe.close(), accelerator.free_memory(), "
+            "fabric.strategy.teardown() or the end of the Trainer's run."
+        )
 
 
 def _may_pin(config: SuperpipeConfig, device: torch.device) -> bool:

@@ -45,7 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "emu" in item.fixturenames:
             item.add_marker("emu")
         elif item.get_closest_marker("emu"):
-            item.fixturenames.insert(0, "emu")
+            # A new list: the old one is shared with the same test on other devices.
+            item.fixturenames = ["emu", *item.fixturenames]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

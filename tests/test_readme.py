@@ -14,7 +14,9 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md")]
+DOCUMENTS = [
+    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md", "experiments/gpu_proof/README.md")
+]
 README = (ROOT / "README.md").read_text()
 SECONDS = 240  # for one block, on two busy cores
 
@@ -87,8 +89,8 @@ def test_every_python_block_is_python(block: Block) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_make_target_and_file_that_a_document_names_exists(document: Path) -> None:
     text = document.read_text()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
     files = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
     assert named <= targets
     assert [name for name in files if not (document.parent / name).exists()] == []

@@ -7,18 +7,19 @@ the weights out: each time the host must hold all of it twice.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
-import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from humanize import naturalsize
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from torch.utils.serialization import config as serialization
 
+from lightning_superpipe.adapters.disk import Advice, os_error, refusal
 from lightning_superpipe.errors import SuperpipeError
 
 if TYPE_CHECKING:
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["CheckpointMixin"]
+__all__ = ["CheckpointMixin", "own_memory", "reading_pages"]
 
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_FOLDER = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+_WRITTEN_BY_TORCH = {".bin", ".pkl", ".pt", ".pth"}
+_ADVICE = Advice("Trainer(default_root_dir=...) or ModelCheckpoint(dirpath=...)", "save_weights_only=True")
 
 
 class CheckpointMixin(_Base):  # type: ignore[misc]  # both namespaces' TorchCheckpointIO, which share no class
@@ -55,10 +55,10 @@ class CheckpointMixin(_Base):  # type: ignore[misc]  # both namespaces' TorchChe
             _write(checkpoint, draft)
             os.replace(draft, local)
         except (OSError, RuntimeError) as error:
-            reason = _os_error(error)
+            reason = os_error(error)
             if reason is None:
                 raise
-            raise SuperpipeError(_refusal(local, reason)) from error
+            raise SuperpipeError(refusal(local, reason, _ADVICE)) from error
         finally:
             _remove(draft)
 
@@ -69,6 +69,23 @@ class CheckpointMixin(_Base):  # type: ignore[misc]  # both namespaces' TorchChe
             options = {} if map_location is None else {"map_location": map_location}
             return super().load_checkpoint(path, weights_only=weights_only, **options)
         return torch.load(local, map_location or "cpu", weights_only=weights_only, mmap=True)
+
+
+def reading_pages(folder: str | Path | None) -> contextlib.AbstractContextManager[Any]:
+    """Scope in which ``torch.load`` maps files instead of reading them; not where files of the old format lie."""
+    written = [] if folder is None else [each for each in Path(folder).glob("*") if each.suffix in _WRITTEN_BY_TORCH]
+    if not all(map(zipfile.is_zipfile, written)):
+        return contextlib.nullcontext()
+    options: Any = serialization  # a module for type checkers, an object since it was imported
+    scope: contextlib.AbstractContextManager[Any] = options.patch({"load.mmap": True})
+    return scope
+
+
+def own_memory(optimizers: Iterable[Any]) -> None:
+    """Bring loaded states from the pages of a file into memory, one tensor at a time: the file may be written again."""
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            optimizer.state[parameter] = tree_map_only(Tensor, torch.clone, state)
 
 
 def _local(path: str | Path) -> Path | None:
@@ -91,31 +108,3 @@ def _write(checkpoint: dict[str, Any], draft: Path) -> None:
 def _remove(draft: Path) -> None:
     with contextlib.suppress(OSError):  # it replaced the file, or was never made
         draft.unlink()
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """The operating system's error behind one; torch's writer raises its own on top."""
-    return next((each for each in _chain(error) if isinstance(each, OSError)), None)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _refusal(path: Path, reason: OSError) -> str:
-    message = f"the checkpoint {str(path)!r} could not be written: {reason.strerror or reason}. "
-    if path.is_file():
-        message += "The file of that name from before is untouched. "
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if reason.errno in _FORBIDDEN:
-        advice = f"Allow writing in {str(folder)!r}, or choose another folder"
-    elif reason.errno in _FULL:
-        left = naturalsize(shutil.disk_usage(folder).free, binary=True)
-        advice = f"The disk has {left} left: make room, save less (save_weights_only=True), or choose another folder"
-    elif reason.errno in _NO_FOLDER:
-        advice = f"Something else stands where a file or folder is needed below {str(folder)!r}: choose another folder"
-    else:
-        advice = "Choose another folder"
-    return f"{message}{advice}: Trainer(default_root_dir=...) or ModelCheckpoint(dirpath=...)."

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from lightning_superpipe.adapters.checkpoint import own_memory
 from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_undisturbed, turns_undisturbed
 from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
 from lightning_superpipe.adapters.gradient_readers import gradient_readers, refuse_in_backward
@@ -217,9 +217,7 @@ class SuperpipeMixin(OneDeviceMixin):
         self._fused.give_back()
         with self._at_home():
             super().load_optimizer_state_dict(checkpoint)
-        for optimizer in self.optimizers:
-            for parameter, state in optimizer.state.items():  # not left in the pages of the checkpoint's file
-                optimizer.state[parameter] = tree_map_only(Tensor, torch.clone, state)
+        own_memory(self.optimizers)
         self._choose_fused()
 
     @property

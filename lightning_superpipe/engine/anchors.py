@@ -93,6 +93,11 @@ class Anchors:
         """The host parameter whose device copy a tensor is; None for strangers."""
         return self._host_of.get(id(tensor))
 
+    def addresses(self) -> set[int]:
+        """Addresses of the storages of all device copies."""
+        twins = [copy.twin for copy in self._twins.values()] + [copy.twin for copy in self._buffers.values()]
+        return {twin.untyped_storage().data_ptr() for twin in twins}
+
     # -- parameters
 
     def twin(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -194,7 +199,7 @@ class Anchors:
         for copy in self._buffers.values():
             if copy.is_dirty:
                 with raw_tensors():
-                    write_home(copy.host, copy.twin)
+                    write_home(copy.host.data, copy.twin)  # not a write by the user: its version stays
                 copy.is_dirty, copy.host_version, copy.twin_version = False, copy.host._version, copy.twin._version
 
     def buffer_twin(self, buffer: Tensor) -> Tensor:

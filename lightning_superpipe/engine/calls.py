@@ -25,7 +25,7 @@ __all__ = ["OuterOwner", "RootOwner", "UnitOwner"]
 Forward = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-RootScope = Callable[[str], AbstractContextManager[None]]
+RootScope = Callable[[str], AbstractContextManager[Callable[[Any], None] | None]]
 
 
 class _EngineOwner:
@@ -45,7 +45,7 @@ class _EngineOwner:
 
     def host_state(self, module: nn.Module) -> dict[str, Any]:
         """The module's parameters and buffers as they are on the host."""
-        return self._engine.host_state(module)
+        return self._engine.binding.host_state(module)
 
 
 class UnitOwner(_EngineOwner):
@@ -72,7 +72,7 @@ class UnitOwner(_EngineOwner):
         if engine.is_separate and not unit.num_active:
             args, kwargs = _aligned(args, engine.device), _aligned(kwargs, engine.device)
         with pause(engine.watch):  # the engine's own work, and the unit's, are nobody's reads outside
-            return self._run(forward, args, kwargs)
+            return self._run(module, forward, args, kwargs)
 
     def _leave_device(self) -> None:
         if self._unit.slot is not None and not self._unit.num_active:
@@ -93,17 +93,24 @@ class UnitOwner(_EngineOwner):
             for site in sites:
                 site.put(site.parameter)
 
-    def _run(self, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+    def _run(self, module: nn.Module, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         engine, unit = self._engine, self._unit
         is_outermost = unit.num_active == 0
         op = Op.FORWARD if graph_task_id() == -1 else Op.BACKWARD
         engine.use(unit, op)
         is_recorded = is_outermost and op is Op.FORWARD and engine.lanes.recorder is not None
         start = engine.lanes.mark() if is_recorded else None
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            with engine.saved.saving(), engine.casts.watch(unit, engine.slots):
+                return forward(*args, **kwargs)
+
         engine.enter(unit)
         try:
-            with engine.saved.saving(), engine.casts.watch(unit, engine.slots):
-                output = forward(*args, **kwargs)
+            if is_outermost and op is Op.FORWARD and torch.is_grad_enabled():
+                output = engine.activations.run(unit, module, compute, args, kwargs)
+            else:
+                output = compute(*args, **kwargs)
             if is_outermost:
                 output = _without_slot_views(engine, output)
         finally:
@@ -153,7 +160,8 @@ class RootOwner(_EngineOwner):
 
     Args:
         inner: the owner that the root has besides, if any.
-        scope: opens the scope of a step of some kind, ``"call"`` or ``"generate"``; does nothing inside another.
+        scope: opens the scope of a step of some kind, ``"call"`` or ``"generate"``; does nothing inside another. What
+            it gives, if anything, is told the output of a call.
     """
 
     def __init__(self, engine: Engine, module: nn.Module, inner: Owner | None, scope: RootScope) -> None:
@@ -168,8 +176,11 @@ class RootOwner(_EngineOwner):
         is_recomputed = graph_task_id() != -1
         if is_tracing() or is_recomputed:
             return self._call_inner(module, forward, args, kwargs)
-        with self._scope("call"):
-            return self._call_inner(module, forward, args, kwargs)
+        with self._scope("call") as tell:
+            output = self._call_inner(module, forward, args, kwargs)
+            if tell is not None:
+                tell(output)
+            return output
 
     def generate(self, generate: Forward, args: Args, kwargs: Kwargs) -> Any:
         """Run the module's own ``generate``: all its forward passes belong to one step."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -157,11 +157,17 @@ class Catalog:
 
     def host_of_storage(self, address: int) -> Tensor | None:
         """The host parameter or buffer whose storage starts at an address; None if there is none."""
+        return self.host_addresses().get(address)
+
+    def host_addresses(self) -> Mapping[int, Tensor]:
+        """All host parameters and buffers, by the address of their storage."""
         if self._by_address is None:
             root = self._root()
-            tensors: list[Tensor] = [] if root is None else [*root.parameters(), *root.buffers()]
+            bound: list[Tensor] = [] if root is None else [*root.parameters(), *root.buffers()]
+            hosts = [(self.host_of(tensor), tensor) for tensor in bound]  # a unit may be running
+            tensors = [tensor if host is None else host for host, tensor in hosts]
             self._by_address = {t.untyped_storage().data_ptr(): t for t in tensors if t.layout is torch.strided}
-        return self._by_address.get(address)
+        return self._by_address
 
     def clear(self) -> None:
         self._hosts.clear()

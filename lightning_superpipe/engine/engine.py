@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_superpipe.engine.anchors import Anchors, BoundBuffer
+from lightning_superpipe.engine.activations import Activations, Choice
+from lightning_superpipe.engine.anchors import Anchors
 from lightning_superpipe.engine.backend import graph_task_id, is_separate
+from lightning_superpipe.engine.binding import Binding
 from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.catalog import Catalog
@@ -25,6 +26,7 @@ from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.graph_end import call_at_end
 from lightning_superpipe.engine.installation import Installation
 from lightning_superpipe.engine.lanes import Label, Lanes, Mark, now
+from lightning_superpipe.engine.offload import Offload
 from lightning_superpipe.engine.outside import Outside
 from lightning_superpipe.engine.residency import Residency
 from lightning_superpipe.engine.slots import SlotPool
@@ -51,6 +53,8 @@ class Engine:
         lanes, tier: how bytes move, and where they live.
         pin: page-lock what gradients land in.
         root_scope: the root is called itself, not only its children: opens the scope of a step around each call.
+        choices: what becomes of each unit's saved activations; None keeps all.
+        micro_batches: parts of a batch inside units that recompute.
         wire: the dtype of what crosses the link, where it is not the parameters' own.
 
     Attributes:
@@ -71,6 +75,8 @@ class Engine:
         tier: Tier,
         pin: bool = False,
         root_scope: RootScope | None = None,
+        choices: Sequence[Choice] | None = None,
+        micro_batches: int = 1,
         wire: Wire | None = None,
     ) -> None:
         self.lanes, self.device, self.wire = lanes, lanes.device, wire or Wire()
@@ -85,12 +91,12 @@ class Engine:
         self._is_in_step = self._is_evaluation = False
         self._in_backward: Unit | None = None
         self._backward_start: Mark | None = None
-        self._bound_buffers: dict[int, list[BoundBuffer]] = {}
         self._own_seconds, self._num_uses = 0.0, 0
         self._is_compiled = any(_is_compiled(module) for module in root.modules())
 
         self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin, self.wire)
         self.catalog = Catalog(root, self.anchors)
+        self.binding = Binding(self.anchors, self.catalog)
         self.units = [
             Unit(i, name, module, anchors, self._make_twin, wire=self.wire) for i, (name, module) in enumerate(units)
         ]
@@ -103,11 +109,15 @@ class Engine:
         keep = spread(range(len(self.units)), window.num_resident)
         self.follower = Follower(len(self.units), num_slots, window.k_prime, keep)
         staging = WireStaging(tier.part("wire", pin=pin))
-        self.residency = Residency(self.units, self.slots, lanes, self.follower, self.casts, self._unbind, staging)
+        self.residency = Residency(
+            self.units, self.slots, lanes, self.follower, self.casts, self.binding.unbind, staging
+        )
         trained = max(trained_bytes_of(unit.module, anchors, self.wire) for unit in self.units)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * trained, pin=pin)
         self.saved = SavedTensors(self)
         self.outside = Outside(self.wire, self.anchors, self.catalog, self.residency, self.saved, self.recover)
+        choices = choices or [Choice()] * len(self.units)
+        self.activations = Activations(self, choices, Offload(lanes, tier, self._staying), num_parts=micro_batches)
         self._installation = Installation(self, root, tier.part("weights"), root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
@@ -118,6 +128,9 @@ class Engine:
 
     def _make_anchor_twin(self, host: nn.Parameter) -> nn.Parameter:
         return make_twin(host, self.device, self, Label("G", -1, "anchors"), dtype=self.wire.dtype_of(host))
+
+    def _staying(self) -> Container[int]:
+        return self.anchors.addresses() if self.is_separate else self.catalog.host_addresses()
 
     # -- uses
 
@@ -135,13 +148,15 @@ class Engine:
             if unit is not self._in_backward:
                 self._end_backward_span()
                 self.gradients.flush()  # those of the unit before
+                if op is Op.BACKWARD:
+                    self.activations.offload.reached(unit)
             self._in_backward = unit if op is Op.BACKWARD else None
             if not unit.num_active:
                 self._prepare(unit)
             if unit.parameters:
                 self._follow(Action(op, unit.index), unit)
                 self.residency.require(unit)
-            self._bind(unit)
+            self.binding.bind(unit)
             self._num_uses += 1
             self._own_seconds += now() - self.lanes.stall_seconds - start
             if op is Op.BACKWARD and self._backward_start is None and self.lanes.recorder is not None:
@@ -186,7 +201,7 @@ class Engine:
                 self._calls.pop()
             if not unit.num_active:
                 if op is Op.FORWARD:
-                    self._unbind(unit)
+                    self.binding.unbind(unit)
                     self.residency.copy_back(unit)
                     self.residency.part_with_stashed(unit)
                     if self._is_in_step:
@@ -196,22 +211,12 @@ class Engine:
             caller = self._calls[-1] if self._calls else None
             if caller is not None and caller.parameters and caller.slot is None:  # it was spilled by its callee
                 self.residency.require(caller)
-                self._bind(caller)
+                self.binding.bind(caller)
         self._own_seconds += now() - start
 
     def _boundary(self) -> None:
         if self.on_boundary is not None:
             self.on_boundary()
-
-    def _bind(self, unit: Unit) -> None:
-        if not unit.is_bound:
-            unit.bind(self.anchors.twin if self.anchors.have_copies else None)
-            self._bound_buffers[unit.index] = self.anchors.bind_buffers(unit.module.modules())
-
-    def _unbind(self, unit: Unit) -> None:
-        if unit.is_bound:
-            unit.unbind(self.catalog.host_of)
-            self.anchors.unbind_buffers(self._bound_buffers.pop(unit.index, []))
 
     # -- steps
 
@@ -321,7 +326,8 @@ class Engine:
             self._in_backward = None
             for unit in self.units:
                 if not unit.num_active:
-                    self._unbind(unit)
+                    self.binding.unbind(unit)
+            self.activations.offload.end_graph()
             self.gradients.finish()
             self.anchors.flush_buffers()
             self._boundary()
@@ -339,7 +345,7 @@ class Engine:
         for unit in self.units:
             unit.num_active = 0
             if not self._graphs:
-                self._unbind(unit)
+                self.binding.unbind(unit)
 
     def abort(self) -> None:
         """Put everything back after an exception that ended the step."""
@@ -347,6 +353,7 @@ class Engine:
         self._abort_calls()
         self._is_in_step = self._is_evaluation = False
         self.follower.end()
+        self.activations.offload.settle()
 
     # -- what watches, tokens, owners and the update stage ask
 
@@ -360,17 +367,6 @@ class Engine:
     def is_anchor(self, tensor: Tensor) -> bool:
         return self.catalog.is_anchor(tensor)
 
-    def host_state(self, module: nn.Module) -> dict[str, Any]:
-        """A module's parameters and buffers as they are on the host, whatever is bound now."""
-        self.anchors.flush_buffers()
-        parameters = {name: self._host_parameter(held) for name, held in module._parameters.items()}
-        buffers = {name: self.anchors.host_buffer(held) for name, held in module._buffers.items()}
-        return {"_parameters": parameters, "_buffers": buffers}
-
-    def _host_parameter(self, held: nn.Parameter | None) -> nn.Parameter | None:
-        host = self.catalog.host_of(held)
-        return held if host is None else host
-
     def overhead_us(self) -> float:
         """Mean time that the engine itself takes per use of a unit, waiting not included, in microseconds."""
         return self._own_seconds / max(self._num_uses, 1) * 1e6
@@ -382,6 +378,7 @@ class Engine:
         self.abort()
         self.is_open = False
         self._installation.remove()
+        self.activations.offload.close()
         self.lanes.close()
         self.residency.close()
         self.gradients.close()

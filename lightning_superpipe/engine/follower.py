@@ -104,6 +104,10 @@ class Follower:
             distance.setdefault(use.unit, steps)
         return distance
 
+    def num_forwards(self, unit: int) -> int:
+        """How many times a unit has computed its forward in this step."""
+        return self._trace.count(Action(Op.FORWARD, unit))
+
     def first_needed(self) -> tuple[int, ...]:
         """All units, in the order in which a training step is expected to need them for the first time."""
         order = self._trace if self._mode == TRAIN and self._trace else self._known.get(TRAIN, ())

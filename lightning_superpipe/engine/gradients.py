@@ -54,6 +54,10 @@ class GradientReturn:
         limit_bytes: gradients waiting on the device for their copy; above it backward waits for the oldest.
         tier: gives the host memory that gradients live in.
         pin: page-lock what gradients land in.
+
+    Attributes:
+        on_handed_over: called with each gradient that came home without a copy, for those who measure.
+        on_home: called with a unit, some of its parameters and the event after which their gradients are complete.
     """
 
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
@@ -66,6 +70,7 @@ class GradientReturn:
         self._shipped: set[int] = set()
         self._batch: list[_Shipment] = []
         self._batch_label: Label | None = None
+        self.on_handed_over: Callable[[Tensor], None] | None = None
         self.in_flight_bytes = 0
         self.peak_in_flight_bytes = 0
         self.on_home: Callable[[int, list[nn.Parameter], Event], None] | None = None
@@ -108,6 +113,7 @@ class GradientReturn:
         if self._lanes.shares_memory:
             self._lanes.hand_over(self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
+            self._tell_handed_over(parameters)
             self._tell(label, parameters, Past())
             return
         copies = [Copy(shipment.target, shipment.gradient) for shipment in batch]
@@ -141,6 +147,11 @@ class GradientReturn:
         self._batch_label = label
         self._batch.append(_Shipment(parameter, gradient))
         self._count(gradient.nbytes)
+
+    def _tell_handed_over(self, parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            if self.on_handed_over is not None and parameter.grad is not None:
+                self.on_handed_over(parameter.grad)
 
     def _publish(self, batch: Sequence[_Shipment], label: Label) -> None:
         start = now()

@@ -95,7 +95,10 @@ def may_be_held(tensors: Sequence[Tensor]) -> bool:
     >>> may_be_held([weight])
     False
     """
-    return all(type(tensor) in _FENCED and storage_use_count(tensor) <= _LONE_USES for tensor in tensors)
+    return all(
+        type(tensor) in _FENCED and tensor.layout is torch.strided and storage_use_count(tensor) <= _LONE_USES
+        for tensor in tensors
+    )
 
 
 @functools.cache

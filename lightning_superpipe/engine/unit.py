@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -242,6 +243,18 @@ class Unit:
         self._flatten_rnns()
         self.is_bound = True
 
+    def bound_versions(self) -> list[int]:
+        """Versions of what the unit's modules hold as parameters now."""
+        return [site.parameter._version for site in self.registered()]
+
+    def has_foreign_weights(self, host_of: Callable[[object], nn.Parameter | None]) -> bool:
+        """Whether somebody (``functional_call``) has put other tensors in place of a bound unit's parameters."""
+        places = [(site, self.twins[index]) for site, index in self.sites]
+        return any(site.module._parameters.get(site.name) is not twin for site, twin in places) or any(
+            not site.holds(site.parameter) and host_of(site.module._parameters.get(site.name)) is not site.parameter
+            for site in self.anchor_sites
+        )
+
     def unbind(self, host_of: Callable[[object], nn.Parameter | None]) -> None:
         """Put the host parameters back, wherever a twin still is."""
         for site, index in self.sites:
@@ -272,6 +285,11 @@ class Unit:
             for index in range(len(self.twins))
             if index not in self.has_own_storage and self._foreign_references(index) > 0
         ]
+
+    def gives_out_twins(self) -> bool:
+        """Whether somebody beside the modules holds a twin of the unit, which is bound."""
+        held = Counter(index for site, index in self.sites if site.holds(self.twins[index]))  # type: ignore[arg-type]
+        return not self.rnns and any(self._foreign_references(index) > held[index] for index in held)
 
     def reclaim_twins(self) -> None:
         """Let twins that nobody holds any more, graphs included, go back to slots."""

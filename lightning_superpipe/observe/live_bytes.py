@@ -11,7 +11,12 @@ from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _pop_mode,
+    _push_mode,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = ["LiveBytes"]
 
@@ -80,8 +85,20 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._lock:
             self._bury()
             for storage in _storages(tensor):
-                self.exclude.add(storage.data_ptr())
                 self._current -= self._sizes.pop(_key(storage), 0)
+
+    def follow(self, outputs: Any, since: int) -> None:
+        """Count in the backward pass of these tensors as well, whoever starts it: in each node, while it runs.
+
+        Args:
+            outputs: tensors, nested in any way.
+            since: autograd's sequence number when the computation began; nodes from before are left alone.
+        """
+        for node in _nodes(outputs, since):
+            # Autograd gives every node the modes of its caller and takes back what the node has changed, so that an
+            # exception leaves nothing behind; the mode's own __enter__ would leave global flags.
+            node.register_prehook(lambda _: _push_mode(self))
+            node.register_hook(lambda *_: _pop())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -116,6 +133,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Subtract the storages that died since the last look; their keys may be used again only after this."""
         while self._dead:
             self._current -= self._sizes.pop(self._dead.popleft(), 0)
+
+
+def _nodes(outputs: Any, since: int) -> Iterator[Any]:
+    """Yield the nodes below the outputs that were made since, each once; those of leaves keep no number."""
+    roots = [leaf.grad_fn for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+    found, waiting = set(), roots
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in found or hasattr(node, "variable") or node._sequence_nr() < since:
+            continue
+        found.add(node)
+        yield node
+        waiting += [below for below, _ in node.next_functions]
+
+
+def _pop() -> None:
+    _pop_mode()
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:

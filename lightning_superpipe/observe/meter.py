@@ -48,6 +48,21 @@ class Meter:
             yield
         self.sample()
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether the device keeps counts itself, so that nothing is left out, wherever it is allocated."""
+        return self._allocator is not None
+
+    def follow(self, outputs: Any, since: int) -> None:
+        """Count in the backward pass of these outputs as well, see :meth:`LiveBytes.follow`."""
+        if self._live is not None:
+            self._live.follow(outputs, since)
+
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """A tensor has become the host's, in the same memory: it is no longer the device's."""
+        if self._live is not None:
+            self._live.leave_out(tensor)
+
     def sample(self) -> None:
         """Look at the memory now."""
         slots, anchors = self._static()

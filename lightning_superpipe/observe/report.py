@@ -16,6 +16,7 @@ from lightning_superpipe.observe.host_bytes import HostBytes
 
 __all__ = ["PeakBytes", "Report", "StepCounters"]
 
+_LEFT_OUT = "the peak is without what the loop computes outside the model, such as a loss: no device counts"
 _TABLE_WIDTH, _NAME_WIDTH = 100, 22
 
 
@@ -86,6 +87,8 @@ class Report:
         device: such as ``"cuda:0"``.
         emulated: the link or the device memory was emulated.
         unit_overhead_us: what the engine adds to a unit's forward or backward, microseconds.
+        sees_loop: the peak holds what the user's loop computes itself, such as a loss, and not the model's calls and
+            their backward alone.
     """
 
     k: int
@@ -102,6 +105,7 @@ class Report:
     device: str
     emulated: bool
     unit_overhead_us: float
+    sees_loop: bool = True
 
     @property
     def peak_device_bytes(self) -> int:
@@ -159,7 +163,8 @@ class Report:
 
     def __rich__(self) -> Group:
         """Return the report for a rich console, in colour."""
-        return Group(self._headline(), self._memory_table(), self._host_table(), self._traffic_table())
+        left_out = [] if self.sees_loop else [Text(_LEFT_OUT, style="dim")]
+        return Group(self._headline(), self._memory_table(), *left_out, self._host_table(), self._traffic_table())
 
     def __str__(self) -> str:
         """Return the report as plain text, at most 100 columns."""

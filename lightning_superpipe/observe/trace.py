@@ -24,8 +24,8 @@ class Lane(str, Enum):
     """A stream with a job, in the order in which lanes are drawn."""
 
     COMPUTE = "compute"  # forward and backward of units, and the time they wait
-    H2D = "h2d"  # weights to the device
-    D2H = "d2h"  # gradients home
+    H2D = "h2d"  # weights to the device, activations back
+    D2H = "d2h"  # gradients and activations home
     HOST = "host"  # optimizer updates
 
 
@@ -34,7 +34,8 @@ class Span(NamedTuple):
 
     Attributes:
         lane: where it ran.
-        name: ``"F"``, ``"B"``, ``"P"``, ``"G"``, ``"U"`` as in a plan, or ``"stall"`` for compute that waits.
+        name: ``"F"``, ``"B"``, ``"P"``, ``"G"``, ``"U"`` as in a plan, ``"A"`` for activations on their way home or
+            back, or ``"stall"`` for compute that waits.
         unit: index of the unit, -1 where there is none.
         start_s: seconds, on the recording's clock.
         end_s: seconds, on the same clock.

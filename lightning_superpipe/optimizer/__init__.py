@@ -1,7 +1,8 @@
 """Who updates a unit, where and when: the user's own optimizer, on the host, split by units where that is exact."""
 
+from lightning_superpipe.optimizer.choice import make_stage
 from lightning_superpipe.optimizer.fused import FusedChoice, sparsely_differentiated, wants_fused
 from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.stage import UpdateStage
 
-__all__ = ["FusedChoice", "Masters", "UpdateStage", "sparsely_differentiated", "wants_fused"]
+__all__ = ["FusedChoice", "Masters", "UpdateStage", "make_stage", "sparsely_differentiated", "wants_fused"]

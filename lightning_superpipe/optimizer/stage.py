@@ -9,15 +9,18 @@ optimizer is split by unit, and the parts run in a thread of their own: as soon 
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.engine.engine import Engine
@@ -25,9 +28,10 @@ from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past
 from lightning_superpipe.engine.lanes import Event, now
 from lightning_superpipe.engine.pending import Pending, may_be_held, settle_before_forks, unfenced
 from lightning_superpipe.engine.unit import Unit
-from lightning_superpipe.errors import SuperpipeError
+from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning
 from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.optimizer.masters import Masters
+from lightning_superpipe.optimizer.parts import Announced, Part
 from lightning_superpipe.optimizer.separable import (
     Member,
     is_scaled,
@@ -40,17 +44,6 @@ from lightning_superpipe.optimizer.separable import (
 )
 
 __all__ = ["UpdateStage"]
-
-
-@dataclass
-class _Announced:
-    """A step that will follow the backward pass to come, and what has been updated of it."""
-
-    optimizer: Optimizer
-    groups: list[dict[str, Any]]
-    members: dict[int, list[Member]]
-    home: dict[int, set[int]] = field(default_factory=dict)
-    updated: set[int] = field(default_factory=set)
 
 
 class UpdateStage:
@@ -77,23 +70,25 @@ class UpdateStage:
     ) -> None:
         self._engine = engine
         self._masters, self._in_thread = masters, in_thread
+        self._part = partial(Part, narrowed if masters is None else masters.narrowed)
         self._lane = HostLane("superpipe-update")
         self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
         self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
         self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
-        self._announced: _Announced | None = None
+        self._announced: Announced | None = None
+        self._once: set[int] = set()
+        self._whole: set[str] = set()
         self.num_parts = 0
         settle_before_forks()
 
     # -- whose steps
 
-    def attend(self, optimizers: Iterable[Optimizer]) -> list[str]:
-        """Split the steps of these optimizers from now on; return the names of those that cannot be."""
-        whole = []
+    def attend(self, optimizers: Iterable[Optimizer]) -> None:
+        """Split the steps of these optimizers from now on; name those that cannot be, once."""
         for optimizer in optimizers:
             own_hooks = self._masters.attend(optimizer) if self._masters and optimizer not in self._hooks else []
             if not is_separable(optimizer):
-                whole.append(type(optimizer).__name__)
+                self._note_whole(type(optimizer).__name__)
             elif optimizer not in self._hooks:
                 self._hooks[optimizer] = [
                     optimizer.register_step_post_hook(self._after_step),
@@ -102,7 +97,15 @@ class UpdateStage:
                     optimizer.register_load_state_dict_pre_hook(self._settle),
                     *own_hooks,
                 ]
-        return whole
+
+    def _note_whole(self, name: str) -> None:
+        if self._in_thread and name not in self._whole:
+            self._whole.add(name)
+            warnings.warn(
+                f"{name} is not known to update each parameter by itself: its step runs as a whole.",
+                SuperpipeWarning,
+                stacklevel=4,
+            )
 
     def _settle(self, optimizer: Optimizer, *_: Any) -> None:
         """Wait until nothing of an optimizer is under way."""
@@ -129,8 +132,7 @@ class UpdateStage:
 
     def _take_over(self, optimizer: Optimizer) -> None:
         """Start the parts of a step, and leave nothing to the optimizer itself."""
-        announced, self._announced = self._announced, None
-        updated = announced.updated if announced is not None and announced.optimizer is optimizer else set[int]()
+        updated = self._end_announced(optimizer)
         for unit in self._units_of(optimizer):
             if unit.index not in updated:
                 unit.settle()
@@ -144,7 +146,7 @@ class UpdateStage:
         for unit in self._engine.units_by_need():
             some = of_units.get(unit.index, [])
             if some and unit.index not in updated and self._may_start(optimizer, some):
-                self._start(unit, optimizer, some, groups, after=Past())
+                self._start(unit, self._part(optimizer, groups, some), after=Past())
                 started.update(id(member.parameter) for member in some)
         # In the optimizer's own order: it is that of new states in checkpoints.
         rest = [member for member in everything if id(member.parameter) not in started]
@@ -171,37 +173,48 @@ class UpdateStage:
         if not self._in_thread or not all(keeps_state(optimizer, member) for member in some):
             return False
         masters = self._masters
-        has_masters = masters is None or all(masters.has_master(optimizer, member.parameter) for member in some)
-        return has_masters and may_be_held(_tensors(optimizer, some))
+        if masters is not None and not all(masters.has_master(optimizer, member.parameter) for member in some):
+            return False
+        part = self._part(optimizer, [], some)
+        return may_be_held([*part.tensors(), *(gradient for gradient in part.gradients() if gradient is not None)])
 
-    def _start(
-        self, unit: Unit, optimizer: Optimizer, some: Sequence[Member], groups: list[dict[str, Any]], *, after: Event
-    ) -> None:
+    def _start(self, unit: Unit, part: Part, *, after: Event) -> None:
         """Run a part in the thread, after an event that completes its gradients."""
-        delay = self._rng.random() * self._max_delay_ms / 1e3
-        has_gradients = isinstance(after, Past)
-        narrow = narrowed if self._masters is None else self._masters.narrowed
-        step = narrow(optimizer, groups, some) if has_gradients else None
-        tensors, done = _tensors(optimizer, some), HostEvent()
-        if not has_gradients:  # what lands still adds to them
-            gradients = {id(member.parameter.grad) for member in some}
-            tensors = [tensor for tensor in tensors if id(tensor) not in gradients]
-        pending = unit.pending = Pending(tensors, done, unit.note_settled)
+        delay, lanes, done = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes, HostEvent()
+        pending = unit.pending = Pending(part.tensors(), done, unit.note_settled)
+        if isinstance(after, Past):
+            part.take_gradients(pending)
 
         def update() -> None:
             time.sleep(delay)
             with unfenced(), torch.no_grad():
                 start = now()
-                if step is None:  # gradients have landed just now
-                    pending.hold(member.parameter.grad for member in some)
-                (step or narrow(optimizer, groups, some))()
-                if self._engine.lanes.recorder is not None:
-                    self._engine.lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
+                part.run(pending)
+                if lanes.recorder is not None:
+                    lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
 
         self.num_parts += 1
         self._lane.submit(update, after=after, done=done)
 
     # -- in backward
+
+    @contextlib.contextmanager
+    def announced(self, optimizer: Optimizer) -> Iterator[None]:
+        """Scope of a step whose closure runs the backward pass that :meth:`announce` speaks of."""
+        self.announce(optimizer)
+        try:
+            yield
+        except BaseException:
+            if names := self.withdraw():
+                warnings.warn(
+                    f"the step was interrupted after {len(names)} of {len(self._engine.units)} units had been updated "
+                    f"({names[0]} first): weights are not those of a finished step. Go on from the last checkpoint, or "
+                    "use update='after_backward'.",
+                    SuperpipeWarning,
+                    stacklevel=4,
+                )
+            raise
+        self.withdraw()
 
     def announce(self, optimizer: Optimizer) -> None:
         """Promise that the next backward pass is the last before a step of this optimizer, and that nobody looks at
@@ -215,14 +228,28 @@ class UpdateStage:
             for parameter in group["params"]
             if parameter.requires_grad or parameter.grad is not None
         ]
-        self._announced = _Announced(optimizer, options(optimizer), self._by_unit(everything))
+        self._announced = Announced(optimizer, options(optimizer), self._by_unit(everything))
         self._engine.gradients.on_home = self._note_home
 
     def withdraw(self) -> list[str]:
         """No step follows any more; return the names of units that have been updated all the same."""
+        updated = self._end_announced()
+        for index in updated:
+            self._engine.units[index].settle()
+        return [self._engine.units[index].name for index in sorted(updated)]
+
+    def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, Part]:
+        """The backward pass is over, and with it the gradients are complete; return what has been updated."""
         announced, self._announced = self._announced, None
         self._engine.gradients.on_home = None
-        return [self._engine.units[index].name for index in sorted(announced.updated)] if announced is not None else []
+        if announced is not None:
+            self._once = {index for index, home in announced.home.items() if max(home.values()) == 1}
+        if announced is None or optimizer not in (None, announced.optimizer):
+            return {}
+        for index, part in announced.updated.items():
+            if (pending := self._engine.units[index].pending) is not None and optimizer is not None:
+                part.take_gradients(pending)
+        return announced.updated
 
     def _note_home(self, index: int, parameters: Iterable[nn.Parameter], landed: Event) -> None:
         """Gradients of a unit are on their way home and complete once ``landed`` has passed."""
@@ -235,11 +262,19 @@ class UpdateStage:
                 f"unit {unit.name!r} got gradients twice before one step, but was updated after the first: use "
                 "update='after_backward'."
             )
-        home = announced.home.setdefault(index, set())
+        home = announced.home.setdefault(index, Counter())
         home.update(id(parameter) for parameter in parameters)
-        if home.issuperset(id(member.parameter) for member in some) and self._may_start(announced.optimizer, some):
-            announced.updated.add(index)
-            self._start(unit, announced.optimizer, some, announced.groups, after=landed)
+        is_complete = all(id(member.parameter) in home for member in some) and self._comes_once(index)
+        if is_complete and self._may_start(announced.optimizer, some):
+            part = announced.updated[index] = self._part(announced.optimizer, announced.groups, some)
+            self._start(unit, part, after=landed)
+
+    def _comes_once(self, index: int) -> bool:
+        """Whether a unit's gradients come once in this backward pass.
+
+        Reentrant checkpointing brings those of a unit that is used several times one by one.
+        """
+        return index in self._once and self._engine.follower.num_forwards(index) == 1
 
     def close(self) -> None:
         """Finish what is under way, and leave the optimizers as they were."""
@@ -253,14 +288,3 @@ class UpdateStage:
                 unit.settle()
         finally:
             self._lane.close()
-
-
-def _tensors(optimizer: Optimizer, some: Iterable[Member]) -> list[Tensor]:
-    """All that a part reads or writes."""
-    found: dict[int, Tensor] = {}
-    for _, parameter in some:
-        state = optimizer.state.get(parameter, {})
-        for value in (parameter, parameter.grad, *state.values()):
-            if isinstance(value, Tensor):
-                found[id(value)] = value
-    return list(found.values())

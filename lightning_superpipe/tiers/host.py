@@ -23,6 +23,7 @@ class HostSlab(Slab):
         # Private, not the default shared mapping: forked data loader workers must not see later updates.
         self._pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._bytes = torch.frombuffer(self._pages, dtype=torch.uint8)[:num_bytes]
+        self.is_open = True
         self.pinned = pin and num_bytes > 0 and _page_lock(self._bytes)
 
     @property
@@ -33,10 +34,11 @@ class HostSlab(Slab):
         if like.numel() == 0:
             return torch.empty_strided(like.size(), like.stride(), dtype=like.dtype)
         flat = torch.frombuffer(self._pages, dtype=like.dtype, count=like.numel(), offset=offset)
-        # Not a view of `flat`: that would be one more owner of the storage, for ever.
-        return torch.empty(0, dtype=like.dtype).set_(flat.untyped_storage(), 0, like.size(), like.stride())
+        # `.data`, for a view would keep `flat` alive: one more owner of the storage, for ever.
+        return flat.as_strided(like.size(), like.stride()).data
 
     def close(self) -> None:
+        self.is_open = False
         if self.pinned:
             _driver().cudaHostUnregister(self._bytes.data_ptr())
             self.pinned = False
@@ -61,7 +63,8 @@ class HostTier(Tier):
 
     @property
     def allocated_bytes(self) -> int:
-        return sum(slab.num_bytes for slab in self._slabs) + sum(part.allocated_bytes for part in self._parts.values())
+        own = sum(slab.num_bytes for slab in self._slabs if slab.is_open)
+        return own + sum(part.allocated_bytes for part in self._parts.values())
 
     def holds(self, tensor: Tensor) -> bool:
         address = tensor.data_ptr()
@@ -86,7 +89,7 @@ class HostTier(Tier):
                 SuperpipeWarning,
                 stacklevel=2,
             )
-        self._slabs.append(slab)
+        self._slabs = [*(other for other in self._slabs if other.is_open), slab]
         return slab
 
     def close(self) -> None:

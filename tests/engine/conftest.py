@@ -34,3 +34,9 @@ def gradients_land_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return done
 
     monkeypatch.setattr(HostLane, "submit", submit_and_wait)
+
+
+@pytest.fixture
+def everything_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the smallest activation be offloaded."""
+    monkeypatch.setattr("lightning_superpipe.engine.offload.MIN_BYTES", 1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_superpipe.engine.activations import Choice
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.lanes import Lanes
 from lightning_superpipe.partition import partition
@@ -68,13 +69,31 @@ def batches(num_batches: int, *, width: int = WIDTH) -> list[Tensor]:
 
 
 def engine_of(
-    root: nn.Module, lanes: Lanes, *, k: int = 2, k_prime: int = 1, poison: bool = True, seed: int | None = 0
+    root: nn.Module,
+    lanes: Lanes,
+    *,
+    k: int = 2,
+    k_prime: int = 1,
+    poison: bool = True,
+    seed: int | None = 0,
+    choices: Sequence[Choice] | None = None,
+    micro_batches: int = 1,
 ) -> Engine:
     """Return an engine over the units that the partition finds."""
     found = partition(root)
     units = [(unit.name, unit.module) for unit in found.units]
     window = Window(k, k_prime, poison, seed)
-    return Engine(root, units, found.anchors, window, lanes=lanes, tier=HostTier(pin=False), root_scope=_no_scope)
+    return Engine(
+        root,
+        units,
+        found.anchors,
+        window,
+        lanes=lanes,
+        tier=HostTier(pin=False),
+        root_scope=_no_scope,
+        choices=choices,
+        micro_batches=micro_batches,
+    )
 
 
 def _no_scope(kind: str) -> contextlib.AbstractContextManager[None]:
@@ -83,9 +102,9 @@ def _no_scope(kind: str) -> contextlib.AbstractContextManager[None]:
 
 
 @contextlib.contextmanager
-def open_engine(root: nn.Module, lanes: Lanes, **window: int | bool | None) -> Iterator[Engine]:
+def open_engine(root: nn.Module, lanes: Lanes, **options: Any) -> Iterator[Engine]:
     """Close the engine at the end, whatever happens."""
-    engine = engine_of(root, lanes, **window)  # type: ignore[arg-type]
+    engine = engine_of(root, lanes, **options)
     try:
         yield engine
     finally:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
-from lightning_superpipe import SuperpipeAccelerator, enable
+from lightning_superpipe import SuperpipeAccelerator, attach, enable
 from lightning_superpipe.errors import ConfigError, SuperpipeError, UnsupportedError
 
 WIDTH = 8
@@ -29,7 +29,7 @@ def _fresh_state() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def network() -> nn.Module:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(4)))
 
@@ -71,6 +71,31 @@ def test_each_model_has_its_own_report() -> None:
     with pytest.raises(SuperpipeError, match="2 were prepared"):
         accelerator.report(2)
     assert other is not one
+
+
+def test_several_models_and_optimizers_train_in_one_loop() -> None:
+    """A generator and its critic, prepared together, each with updates of its own."""
+
+    def losses(kind: Any, **own: Any) -> list[Tensor]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = kind(cpu=True, **own)
+        models = [network(), network()]
+        steps = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in models]
+        one, step_of_one, other, step_of_other = accelerator.prepare(models[0], steps[0], models[1], steps[1])
+        torch.manual_seed(1)
+        found = []
+        for _ in range(3):
+            made = one(torch.randn(4, WIDTH))
+            for is_critics, step in ((True, step_of_other), (False, step_of_one)):
+                loss = other(made.detach()).pow(2).mean() if is_critics else -other(made).mean()
+                accelerator.backward(loss)
+                step.step()
+                step_of_one.zero_grad()
+                step_of_other.zero_grad()
+                found.append(loss.detach())
+        return found + [weight.detach().clone() for model in models for weight in model.parameters()]
+
+    assert all(map(torch.equal, losses(SuperpipeAccelerator, superpipe={"k": 2}), losses(Accelerator)))
 
 
 def test_model_comes_back_without_a_wrapper_and_free_memory_gives_it_back() -> None:
@@ -115,6 +140,29 @@ def test_other_ways_to_distribute_are_refused(kind: DistributedType) -> None:
     accelerator.state.distributed_type = kind
     with pytest.raises(UnsupportedError, match=f"{kind.value}.*num_processes 1"):
         enable(accelerator)
+
+
+@pytest.mark.parametrize("name", ["deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin"])
+def test_plugins_that_shard_are_refused_by_name(name: str) -> None:
+    """Also in one process, where Accelerate would drop them."""
+    with pytest.raises(UnsupportedError, match=f"leave {name} out"):
+        SuperpipeAccelerator(cpu=True, **{name: FullyShardedDataParallelPlugin()})
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["the model", "a part of it"])
+def test_a_model_that_streams_already_is_refused_until_it_is_given_back(part: bool) -> None:
+    model = network()
+    with attach(model[0] if part else model, k=1, units=["0"], device="cpu"):
+        with pytest.raises(UnsupportedError, match=r"streams already.*pipe\.close"):
+            SuperpipeAccelerator(cpu=True).prepare(model)
+        with pytest.raises(UnsupportedError, match="streams already"):
+            attach(model, k=1, device="cpu")
+    accelerator = SuperpipeAccelerator(cpu=True, superpipe={"k": 1})
+    accelerator.prepare(model)(torch.ones(1, WIDTH)).sum().backward()
+    with pytest.raises(UnsupportedError, match="streams already"):
+        attach(model, k=1, device="cpu")
+    accelerator.free_memory()
+    attach(model, k=1, device="cpu").close()
 
 
 def test_fp8_is_refused() -> None:

@@ -84,7 +84,7 @@ def test_options_leave_the_ordinary_numbers(tmp_path: Path, options: dict[str, A
 def test_evaluation_alone_streams(tmp_path: Path) -> None:
     ordinary = Trainer(make_model(Story()), arguments(tmp_path), eval_dataset=DATA).evaluate()
     trainer = SuperpipeTrainer(make_model(Story()), arguments(tmp_path), eval_dataset=DATA, superpipe={"k": 2})
-    with pytest.raises(SuperpipeError, match="0 were prepared"):
+    with pytest.raises(SuperpipeError, match="nothing has run yet"):
         trainer.superpipe_report()
     assert trainer.evaluate()["eval_loss"] == ordinary["eval_loss"]
     assert trainer.superpipe_report().num_loads > 0

@@ -194,7 +194,8 @@ def save_for_ever(path: Path, began: Any) -> None:
 
 @pytest.mark.parametrize("wait_ms", [0, 2, 5, 9, 14, 20])
 def test_a_save_that_is_killed_leaves_the_checkpoint_before_it_whole(wait_ms: int, tmp_path: Path) -> None:
-    context, path = multiprocessing.get_context("fork"), tmp_path / "last.ckpt"
+    context, path = multiprocessing.get_context("forkserver"), tmp_path / "last.ckpt"  # "fork" would copy our threads
+    context.set_forkserver_preload([__name__])
     began = context.Event()
     saving = context.Process(target=save_for_ever, args=(path, began))
     saving.start()

@@ -138,8 +138,7 @@ def test_bytes_and_sizes_are_those_of_the_module(device: Device) -> None:
     assert (report.k, report.k_prime, report.num_units, report.num_steps) == (2, 1, 6, 12)
     assert report.device == ("cpu" if device == "cpu" else "emu:0")
     assert report.peak.slots == 2 * SLOT_BYTES and report.peak.anchors == 0
-    assert report.peak.gradients <= 2 * SLOT_BYTES and report.peak.activations > 0
-    assert (report.peak.gradients > 0) == (device != "cpu")  # where memory is shared, none is on its way at the peak
+    assert 0 < report.peak.gradients <= 2 * SLOT_BYTES and report.peak.activations > 0
     assert report.peak_device_bytes == sum(report.peak)
     num_steps_bytes = 12 * 4  # AdamW keeps a step counter per parameter
     assert report.resident_bytes == weights + weights + 2 * weights + num_steps_bytes

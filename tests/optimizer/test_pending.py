@@ -72,7 +72,7 @@ READS: dict[str, Callable[[nn.Parameter], Any]] = {
     "stack": lambda p: torch.stack([p])[0],
     "foreach": lambda p: torch._foreach_add([p], 0.0)[0],
     "dlpack": lambda p: torch.from_dlpack(p.detach()),
-    "storage": lambda p: torch.frombuffer(bytes(p.untyped_storage()), dtype=torch.float32),
+    "storage": lambda p: torch.frombuffer(bytearray(p.untyped_storage()), dtype=torch.float32),
     "deepcopy": copy.deepcopy,
     "pickle": lambda p: pickle.loads(pickle.dumps(p)),
     "save": saved,

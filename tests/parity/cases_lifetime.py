@@ -95,7 +95,7 @@ class ExceptionInForward(ProbeModule):
             self.record("caught", 1)
         self.raising.told = False
         held = set(self.trainer.optimizers[0].param_groups[0]["params"])
-        assert all(type(p) is nn.Parameter and p in held for p in self.parameters())
+        assert all(isinstance(p, nn.Parameter) and p in held for p in self.parameters())
         return super().training_step(batch, batch_idx)
 
 

@@ -1,9 +1,9 @@
 """How parity is judged: the same module, seed, data and Trainer, once with the ordinary strategy and once streamed.
 
-The reference runs on the *same device kind* as the candidate: ``accelerator="cpu"``, or the emulated device with
-``SingleDeviceStrategy("emu:0")``. Two devices round differently, and AdamW makes a full step of the rounding of a
-gradient near zero, so a run on one device never judges a run on another. Reference and candidate run one after the
-other in one process; everything must be equal by ``torch.equal``, there are no tolerances.
+The reference runs on the *same device kind* as the candidate: ``accelerator="cpu"``, the emulated device with
+``SingleDeviceStrategy("emu:0")``, or a GPU (tests/gpu). Two devices round differently, and AdamW makes a full step of
+the rounding of a gradient near zero, so a run on one device never judges a run on another. Reference and candidate run
+one after the other in one process; everything must be equal by ``torch.equal``, there are no tolerances.
 
 How the files fit together:
 
@@ -55,19 +55,28 @@ __all__ = [
 
 SEED = 0
 ALL_UNITS = 999
-MARKS: dict[Device, list[pytest.MarkDecorator]] = {"cpu": [], "emu": [pytest.mark.emu]}
+MARKS: dict[Device, list[pytest.MarkDecorator]] = {"cpu": [], "emu": [pytest.mark.emu], "cuda": [pytest.mark.gpu]}
 
 
 class Window(NamedTuple):
-    """How a candidate streams: ``k`` units on the device, ``k_prime`` per transfer, copies up to so many ms late."""
+    """How a candidate streams.
+
+    Attributes:
+        k: units on the device.
+        k_prime: units per transfer.
+        max_delay_ms: copies start up to this much later.
+        activations: policy for all units.
+    """
 
     k: int
     k_prime: int
     max_delay_ms: float = 0.0
+    activations: str = "keep"
 
     def __str__(self) -> str:
         delay = f"-late{self.max_delay_ms:g}ms" if self.max_delay_ms else ""
-        return f"k{'all' if self.k == ALL_UNITS else self.k}-kp{self.k_prime}{delay}"
+        policy = f"-{self.activations}" if self.activations != "keep" else ""
+        return f"k{'all' if self.k == ALL_UNITS else self.k}-kp{self.k_prime}{delay}{policy}"
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,7 @@ def streamed(window: Window, seed: int = 0) -> Strategy:
     from lightning_superpipe.config import Adversary
 
     adversary = Adversary(poison=True, shuffle_slots=True, max_delay_ms=window.max_delay_ms, seed=seed)
-    return SuperpipeStrategy(k=window.k, k_prime=window.k_prime, adversary=adversary)
+    return SuperpipeStrategy(k=window.k, k_prime=window.k_prime, activations=window.activations, adversary=adversary)
 
 
 def trainer(device: Device, strategy: Strategy | None = None, **options: Any) -> L.Trainer:
@@ -105,7 +114,7 @@ def trainer(device: Device, strategy: Strategy | None = None, **options: Any) ->
 
         options |= {"accelerator": EmuAccelerator(), "strategy": strategy or SingleDeviceStrategy("emu:0")}
     else:
-        options |= {"accelerator": "cpu", "strategy": strategy or "auto"}
+        options |= {"accelerator": "gpu" if device == "cuda" else device, "strategy": strategy or "auto"}
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -167,7 +176,9 @@ def loads(strategy: Strategy) -> int:
     return int(cast(Any, strategy).report().num_loads)
 
 
-def placements(cases: Iterable[ParityCase], windows: Sequence[Window]) -> list[Any]:
+def placements(
+    cases: Iterable[ParityCase], windows: Sequence[Window], devices: Sequence[str] = ("cpu", "emu")
+) -> list[Any]:
     """Return (case, device, window) as parameters of a test, an emulated device marked as such.
 
     The windows of one case and device are neighbours, so that they share the reference run.
@@ -176,6 +187,7 @@ def placements(cases: Iterable[ParityCase], windows: Sequence[Window]) -> list[A
         pytest.param(case, device, window, id=f"{case.name}-{device}-{window}", marks=MARKS[device])
         for case in cases
         for device in case.devices
+        if device in devices
         for window in windows[: 1 if case.once else None]
     ]
 

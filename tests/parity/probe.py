@@ -27,7 +27,7 @@ __all__ = [
     "probe",
 ]
 
-Device = Literal["cpu", "emu"]
+Device = Literal["cpu", "emu", "cuda"]  # cases name the first two; tests/gpu runs them all on the third
 WIDTH = 16
 NUM_BLOCKS = 4
 

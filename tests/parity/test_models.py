@@ -19,6 +19,7 @@ WINDOWS = (
 )
 
 
+RECOMPUTE, OFFLOAD = Window(2, 1, 1.0, "recompute"), Window(3, 2, 1.0, "offload")
 FEW_WINDOWS = (Window(2, 1), Window(3, 2, max_delay_ms=1.0))
 
 PLAIN = [model_case(name) for name in MODELS]
@@ -34,6 +35,17 @@ def test_losses_weights_and_predictions_equal_the_ordinary_run(
     assert len(reference.losses) == NUM_BATCHES
     assert candidate.num_loads, "nothing was streamed"
     assert_equal(reference, candidate)
+
+
+@pytest.mark.parametrize(
+    ("case", "device", "window"),
+    placements(PLAIN, [RECOMPUTE], ["emu"]) + placements(PLAIN[::3], [OFFLOAD], ["emu"]),
+)
+def test_models_equal_the_ordinary_run_whatever_becomes_of_activations(
+    case: ParityCase, device: Device, window: Window, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_superpipe.engine.offload.MIN_BYTES", 1)
+    assert_equal(run_plain(case, device), run_streamed(case, device, window))
 
 
 @pytest.mark.parametrize(("case", "device", "window"), placements(FUSED, [Window(2, 1)]))

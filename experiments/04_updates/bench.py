@@ -1,0 +1,241 @@
+"""How much of the optimizer's step, and of the copies, is hidden: step times against their lower bound.
+
+The device is emulated: its compute takes as long as it is told to and leaves the host's processors free meanwhile, as a
+GPU does; copies take as long as a link of the given rate needs. The optimizer is real: torch's AdamW on real
+weights, on the host. So the figures tell how well the four lanes overlap, not how fast any machine is.
+
+The bound of a step is the busiest lane: max(compute, copies to the device, copies home, updates on the host).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_superpipe import attach
+from lightning_superpipe.config import Link
+from lightning_superpipe.observe.trace import Lane, software_versions
+
+SEED = 0
+NUM_UNITS = 24
+WARM_UP = 3
+
+
+class Compute(torch.autograd.Function):
+    """Computes nearly nothing, but takes a time in forward and twice as long in backward, whatever the host needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+        deadline = time.perf_counter() + seconds
+        ctx.seconds = seconds
+        ctx.save_for_backward(weight)
+        y = x + weight[:4]
+        time.sleep(max(0.0, deadline - time.perf_counter()))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        deadline = time.perf_counter() + 2 * ctx.seconds
+        (weight,) = ctx.saved_tensors
+        gradient = torch.full_like(weight, 1e-3)
+        time.sleep(max(0.0, deadline - time.perf_counter()))
+        return gradients[0], gradient, None
+
+
+class Block(nn.Module):
+    """A large weight, and a time in place of what a device would compute with it."""
+
+    def __init__(self, num_parameters: int, seconds: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_parameters) * 1e-3)
+        self.seconds = seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Compute.apply(x, self.weight, self.seconds)
+        return y
+
+
+@dataclass
+class Setting:
+    """One kind of bottleneck.
+
+    Attributes:
+        forward_ms: of one unit; backward takes twice as long.
+        gb_s: of the link, each way, 10^9 bytes per second.
+        num_parameters: of one unit, float32.
+    """
+
+    name: str
+    forward_ms: float
+    gb_s: float
+    num_parameters: int
+
+
+@dataclass
+class Result:
+    """One run; times are medians over steps, in milliseconds.
+
+    Attributes:
+        lanes_ms: what each lane works in one step.
+        bound_ms: the busiest of them.
+    """
+
+    setting: str
+    update: str
+    clip: bool
+    k: int
+    k_prime: int
+    step_ms: float
+    lanes_ms: dict[str, float]
+    bound_ms: float
+    all_ms: list[float]
+    last_loss: float
+
+
+def settings(update_ms: float, num_parameters: int) -> list[Setting]:
+    """Settings around the time that this host needs for the update of one unit."""
+    num_bytes = 4 * num_parameters
+    per_ms = num_bytes / 1e6  # GB/s that carry a unit in one millisecond
+    return [
+        Setting("compute-bound", 2 * update_ms, per_ms / (0.5 * update_ms), num_parameters),
+        Setting("balanced", update_ms, per_ms / (1.25 * update_ms), num_parameters),
+        Setting("transfer-bound", update_ms, per_ms / (3 * update_ms), num_parameters),
+        Setting("forward as slow as the optimizer", update_ms, per_ms / (0.5 * update_ms), num_parameters),
+    ]
+
+
+def run(setting: Setting, update: str, *, clip: bool, k: int, k_prime: int, num_steps: int) -> Result:
+    """Train, and return what a step took; ``update="none"`` leaves the optimizer out."""
+    torch.manual_seed(SEED)
+    model = nn.Sequential(*(Block(setting.num_parameters, setting.forward_ms / 1e3) for _ in range(NUM_UNITS)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
+    times: list[float] = []
+    recorded = WARM_UP + num_steps
+    options: dict[str, Any] = {
+        "k": k,
+        "k_prime": k_prime,
+        "update": "after_backward" if update == "none" else update,
+        "link": Link(h2d_gb_s=setting.gb_s, d2h_gb_s=setting.gb_s),
+        "units": "Block",
+        "record_step": recorded,
+    }
+    pipe = attach(model, optimizer, device="cpu", **options)
+    with pipe:
+        for _ in range(recorded + 2):
+            start = time.perf_counter()
+            loss = model(torch.ones(4)).sum()
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if update != "none":
+                optimizer.step()
+            optimizer.zero_grad()
+            times.append((time.perf_counter() - start) * 1e3)
+        assert pipe.recording is not None
+        lanes = {lane.value: pipe.recording.busy_seconds(lane) * 1e3 for lane in Lane}
+        updates = [span.seconds for span in pipe.recording.lane(Lane.HOST) if span.name == "U"]
+    lanes["compute"] = 3 * NUM_UNITS * setting.forward_ms
+    lanes["host"] = sum(updates) * 1e3
+    kept, bound = times[WARM_UP:recorded], max(lanes.values())
+    median, last_loss = statistics.median(kept), loss.item()
+    return Result(setting.name, update, clip, k, k_prime, median, lanes, bound, kept, last_loss)
+
+
+def update_time(num_parameters: int) -> float:
+    """Milliseconds that this host needs to update one unit."""
+    weight = nn.Parameter(torch.randn(num_parameters))
+    weight.grad = torch.randn(num_parameters)
+    optimizer, times = torch.optim.AdamW([weight], foreach=False), []
+    for _ in range(12):
+        start = time.perf_counter()
+        optimizer.step()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[2:])
+
+
+def show(results: list[Result]) -> None:
+    """Print a row for each run."""
+    table = Table("setting", "update", "clipped", "k, k'", "step, ms", "bound, ms", "step / bound", "busiest lane")
+    for each in results:
+        busiest = max(each.lanes_ms, key=lambda lane: each.lanes_ms[lane])
+        table.add_row(
+            each.setting,
+            each.update,
+            "yes" if each.clip else "no",
+            f"{each.k}, {each.k_prime}",
+            f"{each.step_ms:.1f}",
+            f"{each.bound_ms:.1f}",
+            f"{each.step_ms / each.bound_ms:.2f}",
+            busiest,
+        )
+    Console(width=120).print(table)
+
+
+def hidden(results: list[Result]) -> list[str]:
+    """Say how much of the update is hidden, where runs without any update are there to compare with."""
+    lines = []
+    for none in (each for each in results if each.update == "none"):
+        for each in results:
+            same = (each.setting, each.clip, each.k, each.k_prime) == (none.setting, none.clip, none.k, none.k_prime)
+            if same and each.update == "after_backward":
+                whole = each.lanes_ms["host"]
+                share = 1 - (each.step_ms - none.step_ms) / whole
+                clipped = ", clipped" if each.clip else ""
+                lines.append(f"{each.setting}{clipped}: {share:.1%} of {whole:.0f} ms of updates are hidden")
+    return lines
+
+
+def main() -> None:
+    """Run all settings, print tables, and write results if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=int, default=1 << 20, help="of one unit, float32")
+    parser.add_argument("--steps", type=int, default=12, help="measured for each run")
+    parser.add_argument("--out", type=Path, help="folder beside this file for the raw numbers")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    update_ms = update_time(args.parameters)
+    print(f"the update of one unit of {args.parameters:,} parameters takes {update_ms:.2f} ms on this host")
+    results = []
+    for setting in settings(update_ms, args.parameters):
+        for k, k_prime in ((2, 1), (3, 1), (4, 2)):
+            for clip in (False, True):
+                results.append(run(setting, "after_backward", clip=clip, k=k, k_prime=k_prime, num_steps=args.steps))
+        results.append(run(setting, "at_once", clip=True, k=3, k_prime=1, num_steps=args.steps))
+        for clip in (False, True):
+            results.append(run(setting, "none", clip=clip, k=3, k_prime=1, num_steps=args.steps))
+    show(results)
+    print("\n".join(hidden(results)))
+    if args.out is not None:
+        folder = Path(__file__).resolve().parent / args.out
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{platform.machine()}-{os.cpu_count()}cores-{date.today()}.json"
+        state = {
+            "command": " ".join(["python", "experiments/04_updates/bench.py", *sys.argv[1:]]),
+            "machine": {"cores": os.cpu_count(), "device": "cpu (emulated device)", "platform": platform.platform()},
+            "versions": software_versions(),
+            "seed": SEED,
+            "update_ms": update_ms,
+            "results": [asdict(each) for each in results],
+        }
+        path.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

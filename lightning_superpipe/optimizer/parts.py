@@ -1,0 +1,66 @@
+"""Parts of a step: what is updated of one unit, and of a step that has been announced."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_superpipe.engine.pending import Pending, unfenced
+from lightning_superpipe.optimizer.separable import Member
+
+__all__ = ["Announced", "Part"]
+
+Narrow = Callable[[Optimizer, Sequence[dict[str, Any]], Sequence[Member]], Callable[[], None]]
+
+
+@dataclass
+class Announced:
+    """A step that will follow the backward pass to come, and what has been updated of it."""
+
+    optimizer: Optimizer
+    groups: list[dict[str, Any]]
+    members: dict[int, list[Member]]
+    home: dict[int, Counter[int]] = field(default_factory=dict)
+    updated: dict[int, Part] = field(default_factory=dict)
+
+
+class Part:
+    """The part of a step that belongs to one unit; its gradients may still be on their way when it is made.
+
+    Args:
+        narrow: returns the step for some parameters and their gradients of then, see :func:`narrowed`.
+    """
+
+    def __init__(
+        self, narrow: Narrow, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]
+    ) -> None:
+        self._narrow, self._optimizer, self._groups, self._some = narrow, optimizer, groups, some
+        self._step: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+
+    def tensors(self) -> list[Tensor]:
+        """All that the part reads or writes, but for the gradients."""
+        states = (self._optimizer.state.get(parameter, {}).values() for _, parameter in self._some)
+        values = [value for state in states for value in state if isinstance(value, Tensor)]
+        return list({id(tensor): tensor for tensor in [*(m.parameter for m in self._some), *values]}.values())
+
+    def gradients(self) -> list[Tensor | None]:
+        return [member.parameter.grad for member in self._some]
+
+    def take_gradients(self, pending: Pending) -> None:
+        """The gradients are complete: they are the part's from now on, whatever becomes of ``p.grad``."""
+        with self._lock, unfenced():
+            if self._step is None:
+                pending.hold(self.gradients())
+                self._step = self._narrow(self._optimizer, self._groups, self._some)
+
+    def run(self, pending: Pending) -> None:
+        self.take_gradients(pending)
+        assert self._step is not None
+        self._step()
