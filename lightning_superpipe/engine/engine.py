@@ -334,8 +334,8 @@ class Engine:
 
     def recover(self) -> None:
         """Put the model in order after a backward pass that raised: autograd did not call its end."""
-        if self._graphs:
-            with self._lock:
+        with self._lock:  # autograd's thread may be about it: its gradients are still on their way then
+            if self._graphs:
                 self._graphs = set(list(self._graphs)[:1])
                 self.end_graph(next(iter(self._graphs)))
 

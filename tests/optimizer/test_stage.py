@@ -144,22 +144,24 @@ def plainly(loop: Loop) -> tuple[list[Any], Chain, Optimizer]:
 
 
 @contextlib.contextmanager
-def streamed(module: nn.Module, lanes: Lanes) -> Iterator[tuple[Engine, LateStage]]:
+def streamed(module: nn.Module, lanes: Lanes, stage_of: type[UpdateStage]) -> Iterator[tuple[Engine, UpdateStage]]:
     with open_engine(module, lanes, k=2) as engine:
-        updates = LateStage(engine)
+        updates = stage_of(engine)
         try:
             yield engine, updates
         finally:
             updates.close()
 
 
-def streams_to_the_same(loop: Loop, *, in_backward: bool = False, max_delay_ms: float = 0.3) -> bool:
+def streams_to_the_same(
+    loop: Loop, *, in_backward: bool = False, stage_of: type[UpdateStage] = LateStage, max_delay_ms: float = 0.3
+) -> bool:
     """Whether the streamed loop leaves the ordinary one's numbers, weights and optimizer state."""
     expected, plain, plain_optimizer = plainly(loop)
     module = chain(4, dropout=0.1)
     optimizer = loop.optimizer(module.parameters())
     torch.manual_seed(2)
-    with streamed(module, ThreadLanes(CPU, None, max_delay_ms=max_delay_ms)) as (engine, updates):
+    with streamed(module, ThreadLanes(CPU, None, max_delay_ms=max_delay_ms), stage_of) as (engine, updates):
         updates.attend([optimizer])
         announce = updates.announce if in_backward else None
         seen = loop.run(module, optimizer, partial(engine.step, "train"), announce)
@@ -248,4 +250,4 @@ def test_numbers_are_wrong_where_updates_in_backward_do_not_wait_for_gradients(m
         start(self, unit, part, after=stage.Past())
 
     monkeypatch.setattr(UpdateStage, "_start", at_once)
-    assert not streams_to_the_same(LOOPS["accumulated"], in_backward=True, max_delay_ms=10.0)
+    assert not streams_to_the_same(LOOPS["accumulated"], in_backward=True, stage_of=UpdateStage, max_delay_ms=10.0)
