@@ -187,16 +187,16 @@ def show(results: list[Result]) -> None:
 
 
 def hidden(results: list[Result]) -> list[str]:
-    """Say how much of the update is hidden, where runs without any update are there to compare with."""
+    """Say how much of the update is hidden: what it adds to a step, against what it adds where nothing hides it."""
+    by_key = {(each.setting, each.clip, each.k, each.k_prime, each.update): each.step_ms for each in results}
     lines = []
-    for none in (each for each in results if each.update == "none"):
-        for each in results:
-            same = (each.setting, each.clip, each.k, each.k_prime) == (none.setting, none.clip, none.k, none.k_prime)
-            if same and each.update == "after_backward":
-                whole = each.lanes_ms["host"]
-                share = 1 - (each.step_ms - none.step_ms) / whole
-                clipped = ", clipped" if each.clip else ""
-                lines.append(f"{each.setting}{clipped}: {share:.1%} of {whole:.0f} ms of updates are hidden")
+    for *key, update in by_key:
+        none, whole = (by_key.get((*key, other)) for other in ("none", "at_once"))
+        if update == "after_backward" and none is not None and whole is not None:
+            share = 1 - (by_key[(*key, update)] - none) / (whole - none)
+            lines.append(
+                f"{key[0]}, {'clipped' if key[1] else 'not clipped'}: {share:.0%} of {whole - none:.0f} ms are hidden"
+            )
     return lines
 
 
