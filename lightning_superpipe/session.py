@@ -89,7 +89,7 @@ class Session:
         self._updates = make_stage(self._engine, config, self._masters)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
-        self._root, self._owns_root = root, owns_root
+        self._owns_root = owns_root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = False
         self._at_step_start = self._last_step = StepCounters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from lightning_superpipe.planning import Action, Op, Plan, forward_keep, forward_order, lower_window, training_order
@@ -35,6 +36,7 @@ class Follower:
         self._known: dict[str, tuple[Action, ...]] = {}
         self._mode: str | None = None
         self._trace: list[Action] = []
+        self._num_forwards: Counter[int] = Counter()
         self._order: tuple[Action, ...] = ()
         self._position = 0
         self._cursor = 0
@@ -73,12 +75,14 @@ class Follower:
         if self._mode is not None and self._trace:
             self._known[self._mode] = tuple(self._trace)
         self._mode, self._trace, self.plan = None, [], None
+        self._num_forwards.clear()
 
     def before(self, use: Action, resident: Callable[[], Iterable[int]]) -> list[Action]:
         """Note a use; return what the plan moves before it. ``resident`` is asked only if a new plan must be made."""
         if self._mode is None:
             return []
         self._trace.append(use)
+        self._num_forwards[use.unit] += use.op is Op.FORWARD
         due = self._due()
         if self.plan is not None and self._position < len(self._order) and self._order[self._position] == use:
             self._position += 1
@@ -106,7 +110,7 @@ class Follower:
 
     def num_forwards(self, unit: int) -> int:
         """How many times a unit has computed its forward in this step."""
-        return self._trace.count(Action(Op.FORWARD, unit))
+        return self._num_forwards[unit]
 
     def first_needed(self) -> tuple[int, ...]:
         """All units, in the order in which a training step is expected to need them for the first time."""

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_superpipe.engine.casting import cast_into, take_changes
 from lightning_superpipe.engine.wire import HALVES
 from lightning_superpipe.errors import SuperpipeWarning, UnsupportedError
-from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable, narrowed, options, step_of
+from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable, narrowed, step_of
 
 __all__ = ["MASTER", "Masters", "wants_master"]
 
@@ -119,13 +119,12 @@ class Masters:
         """Whether a step needs to make nothing first."""
         return not wants_master(parameter) or _is_ready(optimizer.state.get(parameter, {}))
 
-    def run_for(self, optimizer: Optimizer, some: Iterable[Member]) -> None:
+    def run_for(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member]) -> None:
         """Run a step for some parameters, at once; masters are made where there are none."""
-        some = list(some)
         for member in some:
             if not self.has_master(optimizer, member.parameter):
                 self._make(optimizer, member.parameter)
-        self.narrowed(optimizer, options(optimizer), some)()
+        self.narrowed(optimizer, groups, some)()
 
     def narrowed(
         self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member]

@@ -40,25 +40,25 @@ class Part:
     def __init__(
         self, narrow: Narrow, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]
     ) -> None:
-        self._narrow, self._optimizer, self._groups, self._some = narrow, optimizer, groups, some
+        self._narrow, self.optimizer, self._groups, self.members = narrow, optimizer, groups, some
         self._step: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
     def tensors(self) -> list[Tensor]:
         """All that the part reads or writes, but for the gradients."""
-        states = (self._optimizer.state.get(parameter, {}).values() for _, parameter in self._some)
+        states = (self.optimizer.state.get(parameter, {}).values() for _, parameter in self.members)
         values = [value for state in states for value in state if isinstance(value, Tensor)]
-        return list({id(tensor): tensor for tensor in [*(m.parameter for m in self._some), *values]}.values())
+        return list({id(tensor): tensor for tensor in [*(m.parameter for m in self.members), *values]}.values())
 
     def gradients(self) -> list[Tensor | None]:
-        return [member.parameter.grad for member in self._some]
+        return [member.parameter.grad for member in self.members]
 
     def take_gradients(self, pending: Pending) -> None:
         """The gradients are complete: they are the part's from now on, whatever becomes of ``p.grad``."""
         with self._lock, unfenced():
             if self._step is None:
                 pending.hold(self.gradients())
-                self._step = self._narrow(self._optimizer, self._groups, self._some)
+                self._step = self._narrow(self.optimizer, self._groups, self.members)
 
     def run(self, pending: Pending) -> None:
         self.take_gradients(pending)

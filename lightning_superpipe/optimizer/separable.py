@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,9 +85,9 @@ def options(optimizer: Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def run_for(optimizer: Optimizer, some: Iterable[Member]) -> None:
-    """Run a step for some parameters, at once."""
-    step_of(optimizer, options(optimizer), [Member(group, parameter) for group, parameter in some], optimizer.state)
+def run_for(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member]) -> None:
+    """Run a step for some parameters, at once; ``groups`` as for :func:`narrowed`."""
+    step_of(optimizer, groups, some, optimizer.state)
 
 
 def narrowed(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member]) -> Callable[[], None]:

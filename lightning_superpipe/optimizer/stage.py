@@ -14,7 +14,7 @@ import random
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -144,13 +144,15 @@ class UpdateStage:
         of_units = self._by_unit(everything)
         started = {id(member.parameter) for index in updated for member in of_units.get(index, [])}
         for unit in self._engine.units_by_need():
-            some = of_units.get(unit.index, [])
-            if some and unit.index not in updated and self._may_start(optimizer, some):
-                self._start(unit, self._part(optimizer, groups, some), after=Past())
+            if unit.index in updated or not (some := of_units.get(unit.index)):
+                continue
+            part = self._part(optimizer, groups, some)
+            if self._may_start(part):
+                self._start(unit, part, after=Past())
                 started.update(id(member.parameter) for member in some)
         # In the optimizer's own order: it is that of new states in checkpoints.
         rest = [member for member in everything if id(member.parameter) not in started]
-        (run_for if self._masters is None else self._masters.run_for)(optimizer, rest)
+        (run_for if self._masters is None else self._masters.run_for)(optimizer, groups, rest)
         self._set_aside[optimizer] = optimizer.param_groups
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._hooks[optimizer][0].id, last=False)
@@ -168,14 +170,13 @@ class UpdateStage:
                 of_units.setdefault(found[0].index, []).append(member)
         return of_units
 
-    def _may_start(self, optimizer: Optimizer, some: Sequence[Member]) -> bool:
+    def _may_start(self, part: Part) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
-        if not self._in_thread or not all(keeps_state(optimizer, member) for member in some):
+        optimizer, masters = part.optimizer, self._masters
+        if not self._in_thread or not all(keeps_state(optimizer, member) for member in part.members):
             return False
-        masters = self._masters
-        if masters is not None and not all(masters.has_master(optimizer, member.parameter) for member in some):
+        if masters is not None and not all(masters.has_master(optimizer, each.parameter) for each in part.members):
             return False
-        part = self._part(optimizer, [], some)
         return may_be_held([*part.tensors(), *(gradient for gradient in part.gradients() if gradient is not None)])
 
     def _start(self, unit: Unit, part: Part, *, after: Event) -> None:
@@ -265,8 +266,9 @@ class UpdateStage:
         home = announced.home.setdefault(index, Counter())
         home.update(id(parameter) for parameter in parameters)
         is_complete = all(id(member.parameter) in home for member in some) and self._comes_once(index)
-        if is_complete and self._may_start(announced.optimizer, some):
-            part = announced.updated[index] = self._part(announced.optimizer, announced.groups, some)
+        part = self._part(announced.optimizer, announced.groups, some)
+        if is_complete and self._may_start(part):
+            announced.updated[index] = part
             self._start(unit, part, after=landed)
 
     def _comes_once(self, index: int) -> bool:

@@ -4,53 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-from torch.optim import (
-    ASGD,
-    SGD,
-    Adadelta,
-    Adafactor,
-    Adagrad,
-    Adam,
-    Adamax,
-    AdamW,
-    Muon,
-    NAdam,
-    Optimizer,
-    RAdam,
-    RMSprop,
-    Rprop,
-)
+from torch import Tensor, optim
 
 from lightning_superpipe.optimizer.masters import wants_master
 
 __all__ = ["missing_state_bytes"]
 
 # State tensors as large as the parameter, always and by option.
-_LIKE_PARAMETER: dict[type[Optimizer], tuple[int, tuple[str, ...]]] = {
-    Adam: (2, ("amsgrad",)),
-    AdamW: (2, ("amsgrad",)),
-    NAdam: (2, ()),
-    RAdam: (2, ()),
-    Adamax: (2, ()),
-    Adadelta: (2, ()),
-    Rprop: (2, ()),
-    RMSprop: (1, ("momentum", "centered")),
-    Adagrad: (1, ()),
-    ASGD: (1, ()),
-    Muon: (1, ()),
-    SGD: (0, ("momentum",)),
+_LIKE_PARAMETER: dict[type[optim.Optimizer], tuple[int, tuple[str, ...]]] = {
+    optim.Adam: (2, ("amsgrad",)),
+    optim.AdamW: (2, ("amsgrad",)),
+    optim.NAdam: (2, ()),
+    optim.RAdam: (2, ()),
+    optim.Adamax: (2, ()),
+    optim.Adadelta: (2, ()),
+    optim.Rprop: (2, ()),
+    optim.RMSprop: (1, ("momentum", "centered")),
+    optim.Adafactor: (1, ()),  # of vectors; matrices keep a row and a column
+    optim.Adagrad: (1, ()),
+    optim.ASGD: (1, ()),
+    optim.Muon: (1, ()),
+    optim.SGD: (0, ("momentum",)),
 }
 
 
-def missing_state_bytes(optimizer: Optimizer, *, with_masters: bool) -> int:
+def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool) -> int:
     """Bytes of the states that an optimizer will make for parameters that have none; 0 for classes not known here.
 
     Args:
         with_masters: states of parameters of 2 bytes are float32 (the masters themselves are not counted).
 
     >>> import torch
-    >>> missing_state_bytes(AdamW([torch.nn.Parameter(torch.ones(10))]), with_masters=False)
+    >>> missing_state_bytes(optim.AdamW([torch.nn.Parameter(torch.ones(10))]), with_masters=False)
     80
     """
     return sum(
@@ -62,10 +47,10 @@ def missing_state_bytes(optimizer: Optimizer, *, with_masters: bool) -> int:
     )
 
 
-def _num_elements(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
+def _num_elements(optimizer: optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
     """Elements of the states of one parameter; numbers such as step counts are left out."""
-    if type(optimizer) is Adafactor and parameter.dim() > 1:
+    if type(optimizer) is optim.Adafactor and parameter.dim() > 1:
         rows, columns = parameter.shape[-2:]
         return parameter.numel() // max(rows * columns, 1) * (rows + columns)
-    always, by_option = _LIKE_PARAMETER.get(type(optimizer), (int(type(optimizer) is Adafactor), ()))
+    always, by_option = _LIKE_PARAMETER.get(type(optimizer), (0, ()))
     return (always + sum(bool(group.get(name)) for name in by_option)) * parameter.numel()
