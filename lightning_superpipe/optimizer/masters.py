@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ from torch.optim import Optimizer
 from lightning_superpipe.engine.casting import cast_into, take_changes
 from lightning_superpipe.engine.wire import HALVES
 from lightning_superpipe.errors import SuperpipeWarning, UnsupportedError
-from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable, narrowed, step_of
+from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable, narrowed
+from lightning_superpipe.optimizer.stand_ins import StandIn, step_on
 
 __all__ = ["MASTER", "Masters", "wants_master"]
 
@@ -143,18 +143,16 @@ class Masters:
 
     def _step(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], batch: Sequence[_Mastered]) -> None:
         scratch, start = self._scratch(sum(each.target.numel() for each in batch)), 0
-        stand_ins, states = [], defaultdict[Any, Any](dict)
+        stand_ins: list[StandIn] = []
         for each in batch:
             take_changes(each.state[MASTER], each.target)
-            stand_in: Any = each.state[MASTER].detach()
-            stand_in.grad = _cast_gradient(each.gradient, scratch[start : start + each.target.numel()])
+            gradient = _cast_gradient(each.gradient, scratch[start : start + each.target.numel()])
             start += each.target.numel()
-            stand_ins.append(Member(each.group, stand_in))
             # Kernels take an empty state for a first step, so they must not see the master in it.
-            states[stand_in] = {key: value for key, value in each.state.items() if key != MASTER}
-        step_of(optimizer, groups, stand_ins, states)
-        for each, (_, stand_in) in zip(batch, stand_ins, strict=True):
-            each.state.update(states[stand_in])
+            own = {key: value for key, value in each.state.items() if key != MASTER}
+            stand_ins.append(StandIn(each.group, each.state[MASTER], gradient, own))
+        for each, made in zip(batch, step_on(optimizer, groups, stand_ins), strict=True):
+            each.state.update(made)
             cast_into(each.target, each.state[MASTER])
 
     def _make(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
