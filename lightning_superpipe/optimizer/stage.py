@@ -30,6 +30,7 @@ from lightning_superpipe.engine.pending import Pending, may_be_held, settle_befo
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning
 from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.parts import Announced, Part
 from lightning_superpipe.optimizer.separable import (
@@ -54,6 +55,7 @@ class UpdateStage:
         seed: of those delays.
         masters: runs the parts where parameters have master weights; None where none have.
         in_thread: False: all parts run at once, when the step is asked for.
+        device: updates some units on the device; None if all are updated on the host.
 
     Attributes:
         num_parts: parts of steps that ran in the thread.
@@ -67,9 +69,10 @@ class UpdateStage:
         seed: int = 0,
         masters: Masters | None = None,
         in_thread: bool = True,
+        device: DeviceUpdates | None = None,
     ) -> None:
         self._engine = engine
-        self._masters, self._in_thread = masters, in_thread
+        self._masters, self._in_thread, self.device = masters, in_thread, device
         self._part = partial(Part, narrowed if masters is None else masters.narrowed)
         self._lane = HostLane("superpipe-update")
         self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
@@ -84,7 +87,14 @@ class UpdateStage:
     # -- whose steps
 
     def attend(self, optimizers: Iterable[Optimizer]) -> None:
-        """Split the steps of these optimizers from now on; name those that cannot be, once."""
+        """Split the steps of these optimizers from now on; name those that cannot be, once.
+
+        Raises:
+            UnsupportedError: part of them was to run on the device, or on masters, but they cannot be split.
+        """
+        optimizers = list(optimizers)
+        if self.device is not None:
+            self.device.attend(optimizers)
         for optimizer in optimizers:
             own_hooks = self._masters.attend(optimizer) if self._masters and optimizer not in self._hooks else []
             if not is_separable(optimizer):
@@ -181,7 +191,9 @@ class UpdateStage:
 
     def _start(self, unit: Unit, part: Part, *, after: Event) -> None:
         """Run a part in the thread, after an event that completes its gradients."""
-        delay, lanes, done = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes, HostEvent()
+        delay, lanes = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes
+        place = None if self.device is None else self.device.place_for(unit, part)
+        done = HostEvent() if place is None else place.ending
         pending = unit.pending = Pending(part.tensors(), done, unit.note_settled)
         if isinstance(after, Past):
             part.take_gradients(pending)
@@ -191,11 +203,14 @@ class UpdateStage:
             with unfenced(), torch.no_grad():
                 start = now()
                 part.run(pending)
-                if lanes.recorder is not None:
+                if lanes.recorder is not None and place is None:
                     lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
 
         self.num_parts += 1
-        self._lane.submit(update, after=after, done=done)
+        if self.device is None or place is None:
+            self._lane.submit(update, after=after, done=done)
+        else:
+            self.device.submit(place, update, pending, after=after)
 
     # -- in backward
 
@@ -290,3 +305,5 @@ class UpdateStage:
                 unit.settle()
         finally:
             self._lane.close()
+            if self.device is not None:
+                self.device.close()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_superpipe.optimizer.separable import Member, step_of
 
-__all__ = ["StandIn", "step_on"]
+__all__ = ["StandIn", "held", "step_on"]
 
 
 class StandIn(NamedTuple):
@@ -32,6 +32,13 @@ class StandIn(NamedTuple):
     parameter: Tensor
     gradient: Tensor
     state: dict[str, Any]
+
+
+def held(optimizer: Optimizer, member: Member) -> StandIn:
+    """What a member has itself, its gradient of now included; its state is the optimizer's own dict, if any."""
+    parameter = member.parameter
+    assert parameter.grad is not None, "members have gradients"
+    return StandIn(member.group, parameter.detach(), parameter.grad, optimizer.state.get(parameter, {}))
 
 
 def step_on(
