@@ -176,9 +176,13 @@ class Unit:
         Versions alone do not do: fused optimizers leave them as they are (test_fused_steps_inside_one_step). While an
         update is under way it is the stamp itself: copies are queued behind it.
         """
-        if self.pending is not None:
-            return self.pending
-        return (self.epoch, *((p._version, p.data_ptr()) for p in self.parameters))
+        return self.settled_stamp() if self.pending is None else self.pending
+
+    def settled_stamp(self) -> tuple[object, ...]:
+        """The stamp once no update is under way; one that updates the slot has raised the versions beforehand."""
+        epoch = self.epoch + (self.pending is not None)
+        with unfenced():
+            return (epoch, *((p._version, p.data_ptr()) for p in self.parameters))
 
     # -- updates
 

@@ -123,6 +123,8 @@ class DeviceUpdates:
         self.num_parts += 1
         slot = unit.slot if self._engine.residency.may_update_in_slot(unit) else None
         place = Place(number, unit, slot, self._engine.lanes.compute_event(), Ending())
+        for member in part.members:  # now: graphs of the next forward note versions before the weights are home
+            torch.autograd.graph.increment_version(member.parameter)
         part.narrow = partial(self._narrowed, place)
         return place
 
@@ -137,6 +139,7 @@ class DeviceUpdates:
     ) -> Callable[[], None]:
         """Return the step for some parameters, as :func:`separable.narrowed` does."""
         own = [held(optimizer, member) for member in some]
+        own = [each._replace(parameter=each.parameter.data) for each in own]  # with a version of its own
         position = {id(parameter): index for index, parameter in enumerate(place.unit.parameters)}
         indices = [position[id(member.parameter)] for member in some]
         return partial(self._update, place, optimizer, _as_here(optimizer, groups, self._engine.device), own, indices)
@@ -181,7 +184,6 @@ class DeviceUpdates:
         place.ending.kernels.set()
         lanes.carry(Lane.D2H, [Copy(copy.source, copy.target) for copy in (*weights, *others)], label=label)
         for each, new in zip(own, made, strict=True):
-            torch.autograd.graph.increment_version(each.parameter)
             each.state.update({name: _home(value) for name, value in new.items()})
 
     def _step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,7 @@ class LateLane(HostLane):
         super().__init__()
         self._late: deque[tuple[Callable[[], None], Event, HostEvent]] = deque()
         self.num_run = 0
+        self._running = threading.RLock()  # one job at a time, as in the thread
 
     def submit(self, job: Callable[[], None], *, after: Event, done: HostEvent | None = None) -> HostEvent:
         done = done or HostEvent()
@@ -40,15 +42,16 @@ class LateLane(HostLane):
 
     def run_until(self, wanted: HostEvent) -> None:
         """Run jobs until one is done."""
-        while not wanted.query() and self._late:
-            job, after, done = self._late.popleft()
-            try:
-                after.synchronize()
-                job()
-            except BaseException as error:
-                done.error = error
-            self.num_run += 1
-            done.set()
+        with self._running:
+            while not wanted.query() and self._late:
+                job, after, done = self._late.popleft()
+                try:
+                    after.synchronize()
+                    job()
+                except BaseException as error:
+                    done.error = error
+                self.num_run += 1
+                done.set()
 
     @property
     def num_waiting(self) -> int:

@@ -60,7 +60,7 @@ def test_threads_at_random_moments_leave_the_same(in_backward: bool, seed: int) 
 
 
 class Turning(nn.Module):
-    """Blocks that run in the opposite order in every second call, so that what lies in slots is not needed first."""
+    """Blocks that run in the opposite order in every third call, so that what lies in slots is not needed first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Turning(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.num_calls += 1
-        for block in self.blocks if self.num_calls % 2 else reversed(self.blocks):  # type: ignore[call-overload]
+        for block in self.blocks if self.num_calls % 3 else reversed(self.blocks):  # type: ignore[call-overload]
             x = block(x)
         return x
 
