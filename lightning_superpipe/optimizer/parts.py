@@ -65,3 +65,8 @@ class Part:
         self.take_gradients(pending)
         assert self._step is not None
         self._step()
+        self._step = _over  # nothing of the gradients is held any more
+
+
+def _over() -> None:
+    """The step of a part that has run."""

@@ -44,15 +44,16 @@ class ShareChoice:
 
     def _choose(self, recording: Recording, spare_bytes: int | None) -> None:
         fits = spare_bytes is None or self._device.need_bytes <= spare_bytes
-        costs = costs_of(recording, self._device.scratch_bytes)
+        costs = costs_of(recording, len(self._engine.units), self._device.scratch_bytes)
         if fits and costs is not None:
             self._device.use_share(choose_share(costs))
 
 
-def costs_of(recording: Recording, scratch_bytes: int) -> UpdateCosts | None:
-    """What was measured of one update of each unit, as the cost model takes it; None where something was not seen.
+def costs_of(recording: Recording, num_units: int, scratch_bytes: int) -> UpdateCosts | None:
+    """What was measured of one step, as the cost model takes it; None where something was not seen.
 
     Args:
+        num_units: units that are updated; the recording may miss the updates of some.
         scratch_bytes: of one unit: weights, gradients and states.
     """
     updates = [span for span in recording.lane(Lane.HOST) if span.name == "U"]
@@ -63,7 +64,7 @@ def costs_of(recording: Recording, scratch_bytes: int) -> UpdateCosts | None:
     weight_bytes = fmean(span.num_bytes for span in loads)
     gradient_bytes = max(span.num_bytes for span in returns)
     return UpdateCosts(
-        num_units=len({span.unit for span in updates}),
+        num_units=num_units,
         compute_s=recording.busy_seconds(Lane.COMPUTE),
         host_update_s=fmean(span.seconds for span in updates),
         weight_bytes=weight_bytes,

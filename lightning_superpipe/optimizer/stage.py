@@ -203,16 +203,39 @@ class UpdateStage:
             with unfenced(), torch.no_grad():
                 start = now()
                 part.run(pending)
+                if is_lent:
+                    self._take_back(unit, part, pending)
                 if lanes.recorder is not None and place is None:
                     lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
 
         self.num_parts += 1
+        is_lent = self._announced is not None
+        if is_lent:
+            self._engine.gradients.homes.lent_until(unit.index, done)
         if self.device is None or place is None:
             self._lane.submit(update, after=after, done=done)
         else:
             self.device.submit(place, update, pending, after=after)
 
     # -- in backward
+
+    def _may_lend(self, index: int) -> bool:
+        """Whether a unit will be updated as soon as its gradients are home, so that nobody needs them afterwards."""
+        announced = self._announced
+        if (
+            announced is None
+            or index not in announced.members
+            or index in announced.home
+            or not self._comes_once(index)
+        ):
+            return False
+        part = self._part(announced.optimizer, announced.groups, announced.members[index])
+        return all(each.parameter.grad is None for each in part.members) and self._may_start(part)
+
+    def _take_back(self, unit: Unit, part: Part, pending: Pending) -> None:
+        """The gradients of a unit are used up."""
+        pending.let_go(part.gradients())
+        self._engine.gradients.homes.take_back(unit.index, (member.parameter for member in part.members))
 
     @contextlib.contextmanager
     def announced(self, optimizer: Optimizer) -> Iterator[None]:
@@ -246,6 +269,7 @@ class UpdateStage:
         ]
         self._announced = Announced(optimizer, options(optimizer), self._by_unit(everything))
         self._engine.gradients.on_home = self._note_home
+        self._engine.gradients.may_lend = self._may_lend
 
     def withdraw(self) -> list[str]:
         """No step follows any more; return the names of units that have been updated all the same."""
@@ -257,7 +281,7 @@ class UpdateStage:
     def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, Part]:
         """The backward pass is over, and with it the gradients are complete; return what has been updated."""
         announced, self._announced = self._announced, None
-        self._engine.gradients.on_home = None
+        self._engine.gradients.on_home = self._engine.gradients.may_lend = None
         if announced is not None:
             self._once = {index for index, home in announced.home.items() if max(home.values()) == 1}
         if announced is None or optimizer not in (None, announced.optimizer):
@@ -299,7 +323,7 @@ class UpdateStage:
             for hook in hooks:
                 hook.remove()
         self._hooks.clear()
-        self._engine.gradients.on_home = None
+        self._engine.gradients.on_home = self._engine.gradients.may_lend = None
         try:
             for unit in self._engine.units:
                 unit.settle()

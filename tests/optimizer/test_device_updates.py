@@ -22,7 +22,7 @@ from lightning_superpipe.optimizer import DeviceUpdates, UpdateStage
 from lightning_superpipe.optimizer.device import Ending
 from tests.engine.tiny import CPU, batches, chain, open_engine
 from tests.optimizer.late_updates import LateStage
-from tests.optimizer.test_stage import LOOPS, streams_to_the_same
+from tests.optimizer.test_stage import IN_BACKWARD, LOOPS, streams_to_the_same
 
 Patch = pytest.MonkeyPatch
 
@@ -42,7 +42,7 @@ def test_updates_on_the_device_leave_what_the_ordinary_optimizer_leaves(name: st
     assert streams_to_the_same(LOOPS[name], stage_of=on_device(share))
 
 
-@pytest.mark.parametrize("name", [name for name, loop in LOOPS.items() if not loop.clip])
+@pytest.mark.parametrize("name", IN_BACKWARD)
 def test_updates_on_the_device_in_backward_leave_the_same(name: str) -> None:
     assert streams_to_the_same(LOOPS[name], in_backward=True, stage_of=on_device(0.5))
 

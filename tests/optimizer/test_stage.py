@@ -178,7 +178,11 @@ def test_late_updates_leave_what_the_ordinary_optimizer_leaves(name: str) -> Non
     assert streams_to_the_same(LOOPS[name])
 
 
-@pytest.mark.parametrize("name", [name for name, loop in LOOPS.items() if not loop.clip])
+# After an update in backward there are no gradients that somebody could clip, or write to.
+IN_BACKWARD = [name for name, loop in LOOPS.items() if not loop.clip and loop.between is not zero_the_gradients]
+
+
+@pytest.mark.parametrize("name", IN_BACKWARD)
 def test_updates_in_backward_leave_what_the_ordinary_optimizer_leaves(name: str) -> None:
     assert streams_to_the_same(LOOPS[name], in_backward=True)
 

@@ -128,7 +128,7 @@ def test_costs_are_those_of_the_recorded_spans() -> None:
         recorder.span(Lane.D2H, "G", unit, unit, unit + 0.25, 80)
         recorder.span(Lane.HOST, "U", unit, unit, unit + 3.0)
     recording = recorder.finish(unit_names=(), k=1, k_prime=1, device="", emulated=True, resident_bytes=0, versions={})
-    assert costs_of(recording, scratch_bytes=340) == UpdateCosts(
+    assert costs_of(recording, num_units=2, scratch_bytes=340) == UpdateCosts(
         num_units=2,
         compute_s=2.0,
         host_update_s=3.0,
@@ -146,7 +146,7 @@ def test_nothing_is_chosen_where_nothing_was_updated() -> None:
     recorder = Recorder()
     recorder.span(Lane.H2D, "P", 0, 0.0, 1.0, 100)
     recording = recorder.finish(unit_names=(), k=1, k_prime=1, device="", emulated=True, resident_bytes=0, versions={})
-    assert costs_of(recording, scratch_bytes=340) is None
+    assert costs_of(recording, num_units=2, scratch_bytes=340) is None
 
 
 @pytest.mark.parametrize("record_step", [None, 2, 3])
