@@ -100,7 +100,7 @@ class Session:
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
         self._owns_root = owns_root
-        self._num_steps = 0
+        self._num_steps = self._added_bytes = 0
         self._is_step_open = self._is_in_scope = False
         self._at_step_start = self._last_step = StepCounters()
         self._final_report: Report | None = None
@@ -138,7 +138,7 @@ class Session:
 
     def _require_room_for_updates(self) -> None:
         """Raise if what is updated on the device does not fit there."""
-        if self._device_updates is not None:
+        if self._device_updates is not None and self._device_updates.share:
             self._need = replace(self._need, update_bytes=self._device_updates.need_bytes)
             refuse_updates(self.k + self.num_resident, self._need, self._budget)
 
@@ -185,10 +185,11 @@ class Session:
         self._backward_scope.close()
 
     def _begin_training_step(self) -> None:
-        if self._share is not None:
-            self._share.begin_step(self._num_steps, self._budget and self._budget - self._meter.peak.total)
         if self._num_steps == _NUM_COUNTED_STEPS and self.config.resident == "auto":
             self._use_spare_memory()
+        if self._share is not None:
+            spare = None if self._budget is None else self._budget - self._meter.peak.total - self._added_bytes
+            self._share.begin_step(self._num_steps, spare)
         if self._num_steps == self.config.record_step:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
@@ -205,6 +206,7 @@ class Session:
         count = choose_residents(None, self.k, self._need, self._budget, used)
         if count:
             self.num_resident += count
+            self._added_bytes = count * self._need.slot_bytes
             self._engine.keep_resident(count)
 
     def _finish_step(self) -> None:

@@ -29,7 +29,7 @@ from lightning_superpipe.optimizer.fused import left_open
 from lightning_superpipe.optimizer.masters import step_on_masters, wants_master
 from lightning_superpipe.optimizer.parts import Part
 from lightning_superpipe.optimizer.scratch import Scratch, scratch_bytes_of
-from lightning_superpipe.optimizer.separable import Member, is_separable
+from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable
 from lightning_superpipe.optimizer.stand_ins import StandIn, held, step_on
 from lightning_superpipe.partition.anchors import is_dense
 from lightning_superpipe.planning.update_share import updated_on_device
@@ -106,6 +106,19 @@ class DeviceUpdates:
                     "Muon, ...), or leave update_on_device out."
                 )
         self.scratch_bytes = max(self._bytes_of(unit, optimizers) for unit in self._engine.units)
+
+    def refuse_scaled(self, optimizer: Optimizer) -> None:
+        """Raise for a step whose gradients a scaler has left to the kernel: they change as soon as the step returns.
+
+        Raises:
+            UnsupportedError: some units were to be updated here.
+        """
+        if self.share and is_scaled(optimizer):
+            raise UnsupportedError(
+                f"update_on_device={self.share:g} cannot be used with a gradient scaler that hands its factors over to "
+                "the optimizer: call scaler.unscale_(optimizer) before scaler.step(optimizer), or train in bfloat16, "
+                "which needs no scaler."
+            )
 
     def _bytes_of(self, unit: Unit, optimizers: Iterable[Optimizer]) -> int:
         return scratch_bytes_of(unit, optimizers, with_masters=self._has_masters)
@@ -228,7 +241,7 @@ class DeviceUpdates:
     def need_bytes(self) -> int:
         """Device memory that updates take: the scratch, and what kernels that are not fused make beside it."""
         widest = max(4 * sum(parameter.numel() for parameter in unit.parameters) for unit in self._engine.units)
-        return _NUM_SETS * self.scratch_bytes + 2 * widest if self.share else 0
+        return _NUM_SETS * self.scratch_bytes + 2 * widest
 
     @property
     def held_bytes(self) -> int:

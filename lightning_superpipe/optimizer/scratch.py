@@ -53,7 +53,7 @@ def scratch_bytes_of(unit: Unit, optimizers: Iterable[Optimizer], *, with_master
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if id(parameter) in own and parameter.requires_grad:
+                if id(parameter) in own and (parameter.requires_grad or parameter.grad is not None):
                     has_master = with_masters and wants_master(parameter)
                     wide = 4 if has_master else parameter.itemsize
                     sizes = [

@@ -148,6 +148,8 @@ class UpdateStage:
                 unit.settle()
         if self._masters is not None:
             self._masters.refuse_scaled(optimizer, members(optimizer))
+        if self.device is not None:
+            self.device.refuse_scaled(optimizer)
         if is_scaled(optimizer):
             return
         everything, groups = members(optimizer), options(optimizer)

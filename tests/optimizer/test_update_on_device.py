@@ -205,3 +205,24 @@ def test_auto_leaves_an_optimizer_that_cannot_be_split_whole() -> None:
             module(x).square().mean().backward()
             optimizer.step(lambda: torch.tensor(0.0))
         assert pipe.report().num_on_device == 0
+
+
+def test_auto_chooses_nothing_that_does_not_fit(monkeypatch: Any) -> None:
+    monkeypatch.setattr("lightning_superpipe.optimizer.share.choose_share", lambda costs: 1.0)
+    case, plan = chain_case(num_batches=8), Plan("adamw", clip=0.05)
+    link = Link(h2d_gb_s=1.0, d2h_gb_s=1.0)
+    options: dict[str, Any] = {"link": link, "update_on_device": "auto", "resident": 0}
+    free = streamed(case, plan=plan, **options).report
+    tight = streamed(case, plan=plan, device_memory=16 << 10, **options).report
+    assert free is not None and tight is not None
+    assert (free.num_on_device, tight.num_on_device) == (4, 0)
+
+
+def test_scaler_that_leaves_its_factors_to_the_optimizer_is_refused() -> None:
+    module = chain(3)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    with attach(module, optimizer, device="cpu", update_on_device=0.5):
+        module(batches(1)[0]).square().mean().backward()
+        optimizer.grad_scale = torch.ones(())  # type: ignore[attr-defined]  # as GradScaler.step does
+        with pytest.raises(UnsupportedError, match="gradient scaler"):
+            optimizer.step()
