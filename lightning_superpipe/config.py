@@ -146,10 +146,17 @@ class SuperpipeConfig:
             accelerators only, where no choice could be bit-equal to an update on the device.
         update: when the optimizer's step runs, for optimizers that can be split by units (others run as a whole).
             ``"in_backward"``: each unit as soon as its gradients are home, where a loop is known to look at no gradient
-            before the step (Lightning's automatic optimization without clipping or hooks that could look).
+            before the step (Lightning's automatic optimization without clipping or hooks that could look). They are
+            gone after the step: ``p.grad`` is None.
             ``"after_backward"``: unit by unit from ``optimizer.step()`` on, under the next forward. ``"at_once"``:
             before ``optimizer.step()`` returns. All are exact. ``"auto"`` takes the first that is possible, but the
             last where device and host are one memory.
+        update_on_device: share of the units whose part of the step runs on the device, ``0.0`` to ``1.0``: gradients
+            and states go there and come back with the weights, through memory for two units. Those that the next
+            forward needs first come first; units that still lie in their slots are updated there and not loaded again.
+            Optimizers that cannot be split by units are refused. Off by default, because the kernels of a device and of
+            the host may differ in the last place (where they are the same, so are the bits). ``"auto"`` measures a step
+            after the first two, and takes the share that a cost model finds, if that gains 5 %.
         record_step: index of the training step whose lanes and memory are recorded; None records none.
         link: emulated link (machines without an accelerator).
         adversary: hostile timing and memory, for tests.
@@ -171,6 +178,7 @@ class SuperpipeConfig:
     pin_memory: bool | Auto = "auto"
     fused_optimizer: bool | Auto = "auto"
     update: Update = "auto"
+    update_on_device: float | Auto = 0.0
     record_step: int | None = None
     link: Link | None = None
     adversary: Adversary | None = None
@@ -191,6 +199,7 @@ class SuperpipeConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are true, false and 'auto'.")
         if self.update not in get_args(Update):
             raise ConfigError(f"update={self.update!r}: allowed are {_listed(get_args(Update))}.")
+        _check_share(self.update_on_device, self.update)
         _check_dtype("wire_dtype", self.wire_dtype, get_args(WireDtype))
         _check_dtype("master_weights", self.master_weights, ("float32",))
         step = self.record_step
@@ -245,6 +254,17 @@ def _check_dtype(name: str, value: Any, known: Sequence[str]) -> None:
     """Raise ConfigError unless ``value`` is None or one of the names."""
     if value is not None and (not isinstance(value, str) or value not in known):
         raise ConfigError(f"{name}={value!r}: allowed are {_listed(known)}, or null.")
+
+
+def _check_share(share: Any, update: str) -> None:
+    """Raise ConfigError unless ``share`` is a share of units that suits the update, or "auto"."""
+    if share != "auto" and not (_is_number(share) and 0 <= share <= 1):
+        raise ConfigError(f"update_on_device={share!r}: a share of the units from 0.0 to 1.0 is allowed, or 'auto'.")
+    if share != 0 and update == "at_once":
+        raise ConfigError(
+            f"update_on_device={share!r} runs beside the loop, but update='at_once' leaves nothing to run then. Use "
+            "update='auto', 'after_backward' or 'in_backward'."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,9 +27,17 @@ from lightning_superpipe.observe.host_bytes import available_bytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
-from lightning_superpipe.optimizer import FusedChoice, Masters, make_stage, sparsely_differentiated, wants_fused
+from lightning_superpipe.optimizer import (
+    DeviceUpdates,
+    FusedChoice,
+    Masters,
+    make_share_choice,
+    make_stage,
+    sparsely_differentiated,
+    wants_fused,
+)
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
-from lightning_superpipe.planning.budget import choose_k, choose_residents
+from lightning_superpipe.planning.budget import choose_k, choose_residents, refuse_updates
 from lightning_superpipe.tiers import HostTier
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
@@ -87,10 +96,11 @@ class Session:
         self._engine = self._make_engine(root, found, owns_root)
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters)
+        self._share = make_share_choice(self._engine, config, self._updates, first=_NUM_COUNTED_STEPS)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
         self._owns_root = owns_root
-        self._num_steps = 0
+        self._num_steps = self._added_bytes = 0
         self._is_step_open = self._is_in_scope = False
         self._at_step_start = self._last_step = StepCounters()
         self._final_report: Report | None = None
@@ -121,6 +131,16 @@ class Session:
         need = host_need(self._root, self._optimizers, self._need, self._wire, with_masters=with_masters)
         limit = self.config.host_memory if isinstance(self.config.host_memory, int) else None
         need.check(available=available_bytes(), limit=limit)
+
+    @property
+    def _device_updates(self) -> DeviceUpdates | None:
+        return None if self._updates is None else self._updates.device
+
+    def _require_room_for_updates(self) -> None:
+        """Raise if what is updated on the device does not fit there."""
+        if self._device_updates is not None and self._device_updates.share:
+            self._need = replace(self._need, update_bytes=self._device_updates.need_bytes)
+            refuse_updates(self.k + self.num_resident, self._need, self._budget)
 
     # -- steps
 
@@ -167,6 +187,9 @@ class Session:
     def _begin_training_step(self) -> None:
         if self._num_steps == _NUM_COUNTED_STEPS and self.config.resident == "auto":
             self._use_spare_memory()
+        if self._share is not None:
+            spare = None if self._budget is None else self._budget - self._meter.peak.total - self._added_bytes
+            self._share.begin_step(self._num_steps, spare)
         if self._num_steps == self.config.record_step:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
@@ -183,6 +206,7 @@ class Session:
         count = choose_residents(None, self.k, self._need, self._budget, used)
         if count:
             self.num_resident += count
+            self._added_bytes = count * self._need.slot_bytes
             self._engine.keep_resident(count)
 
     def _finish_step(self) -> None:
@@ -266,6 +290,7 @@ class Session:
         self._require_host()
         if self._updates is not None:
             self._updates.attend(self._optimizers)
+            self._require_room_for_updates()
 
     def updating_in_backward(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
         """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
@@ -293,7 +318,7 @@ class Session:
             self._updates.close()
         self._final_report = self.report()
         self._engine.close()
-        del self._updates, self._engine, self._meter, self._root, self._optimizers, self._tier
+        del self._updates, self._share, self._engine, self._meter, self._root, self._optimizers, self._tier
 
     # -- report
 
@@ -313,6 +338,7 @@ class Session:
             k=self.k,
             k_prime=self.k_prime,
             num_resident=self.num_resident,
+            num_on_device=0 if self._device_updates is None else self._device_updates.num_units,
             num_units=len(self._engine.units),
             num_steps=self._num_steps,
             peak=peak,
@@ -339,7 +365,8 @@ class Session:
 
     def _static_bytes(self) -> tuple[int, int]:
         anchors = self._engine.anchors.num_bytes if self._engine.anchors.have_copies else self._need.anchor_bytes
-        return self._engine.slots.num_bytes, anchors
+        updates = 0 if self._device_updates is None else self._device_updates.held_bytes
+        return self._engine.slots.num_bytes, anchors + updates
 
     def _training_state(self) -> tuple[int, int, int]:
         """Bytes of weights, gradients and optimizer states of the whole model."""

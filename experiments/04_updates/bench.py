@@ -32,7 +32,6 @@ from lightning_superpipe.config import Link
 from lightning_superpipe.observe.trace import Lane, software_versions
 
 SEED = 0
-NUM_UNITS = 24
 WARM_UP = 3
 
 
@@ -93,6 +92,8 @@ class Result:
     Attributes:
         lanes_ms: what each lane works in one step.
         bound_ms: the busiest of them.
+        floor_ms: what no order of the same work beats, because weights change between backward and forward: the busiest
+            lane of the forward, and then that of the backward.
     """
 
     setting: str
@@ -100,9 +101,12 @@ class Result:
     clip: bool
     k: int
     k_prime: int
+    on_device: float
+    num_units: int
     step_ms: float
     lanes_ms: dict[str, float]
     bound_ms: float
+    floor_ms: float
     all_ms: list[float]
     last_loss: float
 
@@ -119,16 +123,33 @@ def settings(update_ms: float, num_parameters: int) -> list[Setting]:
     ]
 
 
-def run(setting: Setting, update: str, *, clip: bool, k: int, k_prime: int, num_steps: int) -> Result:
-    """Train, and return what a step took; ``update="none"`` leaves the optimizer out."""
+@dataclass(frozen=True)
+class Case:
+    """What is run in a setting; ``update="none"`` leaves the optimizer out.
+
+    Attributes:
+        on_device: share of the units that are updated on the device.
+    """
+
+    update: str = "after_backward"
+    clip: bool = True
+    k: int = 3
+    k_prime: int = 1
+    on_device: float = 0.0
+
+
+def run(setting: Setting, case: Case, *, num_units: int, num_steps: int) -> Result:
+    """Train, and return what a step took."""
     torch.manual_seed(SEED)
-    model = nn.Sequential(*(Block(setting.num_parameters, setting.forward_ms / 1e3) for _ in range(NUM_UNITS)))
+    update = case.update
+    model = nn.Sequential(*(Block(setting.num_parameters, setting.forward_ms / 1e3) for _ in range(num_units)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=False)
     times: list[float] = []
     recorded = WARM_UP + num_steps
     options: dict[str, Any] = {
-        "k": k,
-        "k_prime": k_prime,
+        "k": case.k,
+        "k_prime": case.k_prime,
+        "update_on_device": case.on_device,
         "update": "after_backward" if update == "none" else update,
         "link": Link(h2d_gb_s=setting.gb_s, d2h_gb_s=setting.gb_s),
         "units": "Block",
@@ -140,7 +161,7 @@ def run(setting: Setting, update: str, *, clip: bool, k: int, k_prime: int, num_
             start = time.perf_counter()
             loss = model(torch.ones(4)).sum()
             loss.backward()
-            if clip:
+            if case.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if update != "none":
                 optimizer.step()
@@ -149,11 +170,23 @@ def run(setting: Setting, update: str, *, clip: bool, k: int, k_prime: int, num_
         assert pipe.recording is not None
         lanes = {lane.value: pipe.recording.busy_seconds(lane) * 1e3 for lane in Lane}
         updates = [span.seconds for span in pipe.recording.lane(Lane.HOST) if span.name == "U"]
-    lanes["compute"] = 3 * NUM_UNITS * setting.forward_ms
+    lanes["compute"] = 3 * num_units * setting.forward_ms
     lanes["host"] = sum(updates) * 1e3
     kept, bound = times[WARM_UP:recorded], max(lanes.values())
+    load_ms, forward_ms = 4e-6 * setting.num_parameters / setting.gb_s, num_units * setting.forward_ms
+    floor = max(forward_ms, num_units * load_ms) + max(2 * forward_ms, num_units * load_ms)
     median, last_loss = statistics.median(kept), loss.item()
-    return Result(setting.name, update, clip, k, k_prime, median, lanes, bound, kept, last_loss)
+    return Result(
+        setting.name,
+        **asdict(case),
+        num_units=num_units,
+        step_ms=median,
+        lanes_ms=lanes,
+        bound_ms=bound,
+        floor_ms=floor,
+        all_ms=kept,
+        last_loss=last_loss,
+    )
 
 
 def update_time(num_parameters: int) -> float:
@@ -170,7 +203,18 @@ def update_time(num_parameters: int) -> float:
 
 def show(results: list[Result]) -> None:
     """Print a row for each run."""
-    table = Table("setting", "update", "clipped", "k, k'", "step, ms", "bound, ms", "step / bound", "busiest lane")
+    table = Table(
+        "setting",
+        "update",
+        "clipped",
+        "k, k'",
+        "on device",
+        "step, ms",
+        "bound, ms",
+        "/ bound",
+        "/ floor",
+        "busiest lane",
+    )
     for each in results:
         busiest = max(each.lanes_ms, key=lambda lane: each.lanes_ms[lane])
         table.add_row(
@@ -178,9 +222,11 @@ def show(results: list[Result]) -> None:
             each.update,
             "yes" if each.clip else "no",
             f"{each.k}, {each.k_prime}",
+            f"{each.on_device:.0%}",
             f"{each.step_ms:.1f}",
             f"{each.bound_ms:.1f}",
             f"{each.step_ms / each.bound_ms:.2f}",
+            f"{each.step_ms / each.floor_ms:.2f}",
             busiest,
         )
     Console(width=120).print(table)
@@ -188,43 +234,54 @@ def show(results: list[Result]) -> None:
 
 def hidden(results: list[Result]) -> list[str]:
     """Say how much of the update is hidden: what it adds to a step, against what it adds where nothing hides it."""
-    by_key = {(each.setting, each.clip, each.k, each.k_prime, each.update): each.step_ms for each in results}
+    results = [each for each in results if not each.on_device]
+    by_key: dict[tuple[Any, ...], float] = {
+        (each.setting, each.clip, each.k, each.k_prime, each.update): each.step_ms for each in results
+    }
     lines = []
-    for *key, update in by_key:
+    for (*key, update), step_ms in by_key.items():
         none, whole = (by_key.get((*key, other)) for other in ("none", "at_once"))
         if update == "after_backward" and none is not None and whole is not None:
-            share = 1 - (by_key[(*key, update)] - none) / (whole - none)
+            share = 1 - (step_ms - none) / (whole - none)
             lines.append(
                 f"{key[0]}, {'clipped' if key[1] else 'not clipped'}: {share:.0%} of {whole - none:.0f} ms are hidden"
             )
     return lines
 
 
+CASES = [
+    *(Case(clip=clip, k=k, k_prime=k_prime) for k, k_prime in ((2, 1), (3, 1), (4, 2)) for clip in (False, True)),
+    Case(on_device=0.1),
+    Case("at_once"),
+    *(Case("none", clip=clip) for clip in (False, True)),
+]
+
+
 def main() -> None:
     """Run all settings, print tables, and write results if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=int, default=1 << 20, help="of one unit, float32")
+    parser.add_argument("--units", type=int, default=48, help="of the model")
+    parser.add_argument("--settings", nargs="*", help="names of those to run; all by default")
+    parser.add_argument("--update-ms", type=float, help="time for the update of one unit; measured by default")
     parser.add_argument("--steps", type=int, default=12, help="measured for each run")
     parser.add_argument("--out", type=Path, help="folder beside this file for the raw numbers")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    update_ms = update_time(args.parameters)
+    update_ms = args.update_ms or update_time(args.parameters)
     print(f"the update of one unit of {args.parameters:,} parameters takes {update_ms:.2f} ms on this host")
     results = []
     for setting in settings(update_ms, args.parameters):
-        for k, k_prime in ((2, 1), (3, 1), (4, 2)):
-            for clip in (False, True):
-                results.append(run(setting, "after_backward", clip=clip, k=k, k_prime=k_prime, num_steps=args.steps))
-        results.append(run(setting, "at_once", clip=True, k=3, k_prime=1, num_steps=args.steps))
-        for clip in (False, True):
-            results.append(run(setting, "none", clip=clip, k=3, k_prime=1, num_steps=args.steps))
+        if not args.settings or setting.name in args.settings:
+            results += [run(setting, case, num_units=args.units, num_steps=args.steps) for case in CASES]
     show(results)
     print("\n".join(hidden(results)))
     if args.out is not None:
         folder = Path(__file__).resolve().parent / args.out
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{platform.machine()}-{os.cpu_count()}cores-{date.today()}.json"
+        part = "".join(f"-{name.replace(' ', '-')}" for name in args.settings or ())
+        path = folder / f"{platform.machine()}-{os.cpu_count()}cores-{date.today()}{part}.json"
         state = {
             "command": " ".join(["python", "experiments/04_updates/bench.py", *sys.argv[1:]]),
             "machine": {"cores": os.cpu_count(), "device": "cpu (emulated device)", "platform": platform.platform()},

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_superpipe.adapters.checks import remarks
 from lightning_superpipe.adapters.materialize import refuse_meta
 from lightning_superpipe.config import SuperpipeConfig
-from lightning_superpipe.errors import SuperpipeWarning
+from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
@@ -43,7 +43,11 @@ class Pipe:
         bring_home(model, optimizers)
         self._session = Session(model, config, device, trains=True, owns_root=True, optimizers=optimizers)
         self._fused = FusedChoice()
-        self._session.attend(optimizers)
+        try:
+            self._session.attend(optimizers)
+        except SuperpipeError:
+            self._session.close()
+            raise
         for optimizer in optimizers if wants_fused(config.fused_optimizer, device, scales=False) else ():
             self._fused.choose(optimizer, sparse=sparsely_differentiated(model))
         for remark in remarks(self._session):

@@ -200,7 +200,7 @@ class Activations:
 
     def _seal(self, unit: Unit) -> tuple[object, ...]:
         """What must be as it was when the unit is called again."""
-        weights = (unit.current_stamp(), *(site.parameter._version for site in unit.anchor_sites))
+        weights = (unit.settled_stamp(), *(site.parameter._version for site in unit.anchor_sites))
         attributes, buffers = signature(unit.module.modules(), self._host_buffer)
         return weights, buffers, attributes
 

@@ -13,6 +13,7 @@ __all__ = ["add_into", "cast_into", "take_changes", "write_home"]
 
 # Elements. torch runs operations of up to this size in the calling thread (its grain size).
 _CHUNK = 1 << 15
+_DEVICE_CHUNK = 1 << 24  # what a device needs beside the tensors stays small
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -70,8 +71,9 @@ def write_home(host: Tensor, device_copy: Tensor) -> None:
 
 def _chunks(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Matching parts of two tensors, each small enough for one thread."""
-    if target.numel() > _CHUNK and target.stride() == source.stride() and is_dense(target):
-        yield from zip(torch.split(_flat(target), _CHUNK), torch.split(_flat(source), _CHUNK), strict=True)
+    size = _CHUNK if target.device.type == "cpu" else _DEVICE_CHUNK
+    if target.numel() > size and target.stride() == source.stride() and is_dense(target):
+        yield from zip(torch.split(_flat(target), size), torch.split(_flat(source), size), strict=True)
     else:
         yield target, source
 

@@ -176,7 +176,7 @@ class Engine:
 
     def _prepare(self, unit: Unit) -> None:
         if not self._is_in_step and graph_task_id() == -1:
-            unit.stamp = None  # outside steps anything may have written to the host since
+            unit.distrust()  # outside steps anything may have written to the host since
             if not unit.is_current():
                 self._installation.rescan(unit)
 
@@ -292,7 +292,7 @@ class Engine:
         """Load everything afresh at its next use."""
         for unit in self.units:
             if not unit.num_active:
-                unit.stamp = None
+                unit.distrust()
         self.anchors.invalidate()
 
     # -- backward

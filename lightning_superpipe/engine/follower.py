@@ -108,6 +108,11 @@ class Follower:
             distance.setdefault(use.unit, steps)
         return distance
 
+    def will_evict(self, unit: int) -> bool:
+        """Whether the rest of the plan evicts a unit."""
+        rest = () if self.plan is None else self.plan.actions[self._cursor :]
+        return any(action.op is Op.EVICT and action.unit == unit for action in rest)
+
     def num_forwards(self, unit: int) -> int:
         """How many times a unit has computed its forward in this step."""
         return self._num_forwards[unit]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,13 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.casting import add_into, cast_into
+from lightning_superpipe.engine.homes import Homes
 from lightning_superpipe.engine.host_lane import HostLane, Past
 from lightning_superpipe.engine.landings import Landings
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, now
-from lightning_superpipe.engine.slots import storage_use_count
-from lightning_superpipe.engine.unit import lay_out
 from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.tiers import Tier
 
@@ -58,12 +55,14 @@ class GradientReturn:
     Attributes:
         on_handed_over: called with each gradient that came home without a copy, for those who measure.
         on_home: called with a unit, some of its parameters and the event after which their gradients are complete.
+        may_lend: says whether the gradients of a unit will be used up soon, so that their memory is only lent.
+        homes: the memory of gradients.
     """
 
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
         self._lanes = lanes
         self._host = HostLane()
-        self._homes = _Homes(tier.part("gradients"))
+        self.homes = Homes(tier.part("gradients"))
         self._landings = Landings(tier.part("wire", pin=pin))
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
@@ -74,10 +73,11 @@ class GradientReturn:
         self.in_flight_bytes = 0
         self.peak_in_flight_bytes = 0
         self.on_home: Callable[[int, list[nn.Parameter], Event], None] | None = None
+        self.may_lend: Callable[[int], bool] | None = None
 
     def add_group(self, parameters: Sequence[nn.Parameter]) -> None:
         """Let the gradients of these parameters share one slab, taken when the first of them arrives."""
-        self._homes.add_group(parameters)
+        self.homes.add_group(parameters)
 
     def ship(self, parameter: nn.Parameter, gradient: Tensor, label: Label) -> None:
         """Send one final gradient home, with others of its unit; see :meth:`flush` and :meth:`finish`.
@@ -96,12 +96,18 @@ class GradientReturn:
             return
         self._make_room(gradient.nbytes)
         is_first = parameter.grad is None and id(parameter) not in self._shipped
-        home = self._homes.claim(parameter, gradient) if is_first else None
+        home = self._home_for(parameter, gradient, label) if is_first else None
         lands = home is None or home.dtype is not gradient.dtype
         self._shipped.add(id(parameter))
         self._count(gradient.nbytes)
         self._batch.append(_Shipment(parameter, gradient, home, self._landings.take(gradient) if lands else None))
         self._batch_label = label
+
+    def _home_for(self, parameter: nn.Parameter, gradient: Tensor, label: Label) -> Tensor:
+        lent = None
+        if self.may_lend is not None and (self.homes.has_loan(label.unit) or self.may_lend(label.unit)):
+            lent = self.homes.lend(label.unit, parameter, gradient)
+        return self.homes.claim(parameter, gradient) if lent is None else lent
 
     def flush(self) -> None:
         """Start the copies of all gradients shipped so far: their unit has finished its backward."""
@@ -183,7 +189,7 @@ class GradientReturn:
         """Finish what is under way and give the memory back; errors are dropped."""
         self.flush()
         self._host.close()
-        self._homes.clear()
+        self.homes.clear()
         self._landings.clear()
 
 
@@ -202,75 +208,6 @@ def _deliver(shipment: _Shipment) -> None:
             home = torch.empty_strided(arrived.size(), arrived.stride(), dtype=parameter.dtype)
         cast_into(home, arrived)
         parameter.grad = home
-
-
-class _Home(NamedTuple):
-    """Memory of one gradient, and how many owners its storage has when nobody else holds it."""
-
-    tensor: Tensor
-    own_uses: int
-
-
-class _Homes:
-    """Host memory of gradients, used again in every step.
-
-    A user who still holds last step's gradient keeps it: the parameter then gets other memory
-    (test_a_kept_gradient_does_not_change_later).
-    """
-
-    def __init__(self, tier: Tier) -> None:
-        self._tier = tier
-        self._homes: dict[int, _Home] = {}
-        self._group_of: dict[int, Sequence[nn.Parameter]] = {}
-        self._own_references = _references(_Home(torch.empty(0), 0))
-
-    def add_group(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._group_of.update((id(parameter), parameters) for parameter in parameters)
-
-    def claim(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-        """Memory for a parameter's gradient, shaped as the gradient; its contents are stale."""
-        key, like = id(parameter), _in_dtype_of(parameter, gradient)
-        if key in self._homes and self._fits(self._homes[key], like):
-            return self._homes[key].tensor
-        with raw_tensors():  # backward may run under somebody's modes
-            return self._make(key, parameter, like)
-
-    def _make(self, key: int, parameter: nn.Parameter, like: Tensor) -> Tensor:
-        if key not in self._homes:
-            self._allocate([p for p in self._group_of.get(key, [parameter]) if p.requires_grad] or [parameter])
-        if not self._fits(self._homes[key], like):
-            self._add(key, self._tier.allocate(like.nbytes).carve(0, like))
-        return self._homes[key].tensor
-
-    def _allocate(self, group: Sequence[nn.Parameter]) -> None:
-        offsets, num_bytes = lay_out(group)
-        slab = self._tier.allocate(num_bytes)
-        for parameter, offset in zip(group, offsets, strict=True):
-            self._add(id(parameter), slab.carve(offset, parameter.data))
-
-    def _add(self, key: int, tensor: Tensor) -> None:
-        self._homes[key] = _Home(tensor, storage_use_count(tensor))
-
-    def _fits(self, home: _Home, gradient: Tensor) -> bool:
-        same = home.tensor.size() == gradient.size() and home.tensor.dtype == gradient.dtype
-        free = _references(home) <= self._own_references and storage_use_count(home.tensor) <= home.own_uses
-        return same and home.tensor.stride() == gradient.stride() and free
-
-    def clear(self) -> None:
-        self._homes.clear()
-        self._group_of.clear()
-
-
-def _in_dtype_of(parameter: nn.Parameter, gradient: Tensor) -> Tensor:
-    """A gradient, or a tensor without memory that is like it but for its dtype."""
-    if gradient.dtype is parameter.dtype:
-        return gradient
-    return torch.empty_strided(gradient.size(), gradient.stride(), dtype=parameter.dtype, device="meta")
-
-
-def _references(home: _Home) -> int:
-    """Python references to a gradient's tensor, counted the same way wherever the home comes from."""
-    return sys.getrefcount(home.tensor)
 
 
 def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

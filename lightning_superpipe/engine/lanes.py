@@ -7,9 +7,10 @@ torch's generic stream API; :mod:`lightning_superpipe.engine.thread_lanes` is th
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,26 +63,54 @@ class Lanes(ABC):
         self.recorder: Recorder | None = None
         self.h2d_bytes = 0
         self.d2h_bytes = 0
+        self._counting = threading.Lock()
 
     def h2d(self, copies: Sequence[Copy], *, after: Sequence[Event], label: Label) -> Event:
         """Queue host-to-device copies that start once every event of ``after`` has passed; return their end."""
-        self.h2d_bytes += sum(copy.source.nbytes for copy in copies)
+        self._count(Lane.H2D, copies)
         return self._queue(Lane.H2D, copies, after, label)
 
     def d2h(self, copies: Sequence[Copy], *, after: Sequence[Event], label: Label) -> Event:
         """Queue device-to-host copies; as :meth:`h2d`."""
-        self.d2h_bytes += sum(copy.source.nbytes for copy in copies)
+        self._count(Lane.D2H, copies)
         return self._queue(Lane.D2H, copies, after, label)
+
+    def carry(self, lane: Lane, copies: Sequence[Copy], *, label: Label) -> None:
+        """Copy in the calling thread, over the same link but past what is queued; return when it is done.
+
+        For threads that work beside compute: queued copies may be waiting for them.
+        """
+        self._count(lane, copies)
+        self._carry(lane, copies, label)
+
+    def run_beside(self, work: Callable[[], None]) -> None:
+        """Run kernels for the calling thread, beside compute; return when they are done."""
+        work()
+
+    def _count(self, lane: Lane, copies: Sequence[Copy]) -> None:
+        num_bytes = sum(copy.source.nbytes for copy in copies)
+        with self._counting:
+            if lane is Lane.H2D:
+                self.h2d_bytes += num_bytes
+            else:
+                self.d2h_bytes += num_bytes
 
     def hand_over(self, num_bytes: int, *, label: Label) -> None:
         """Count bytes that came home without a copy, because they share memory with the host."""
-        self.d2h_bytes += num_bytes
+        with self._counting:
+            self.d2h_bytes += num_bytes
         if self.recorder is not None:
             self.recorder.span(Lane.D2H, label.name, label.unit, now(), now(), num_bytes)
 
     @abstractmethod
     def _queue(self, lane: Lane, copies: Sequence[Copy], after: Sequence[Event], label: Label) -> Event:
         """Queue copies on one lane."""
+
+    def _carry(self, lane: Lane, copies: Sequence[Copy], label: Label) -> None:
+        """Copy in the calling thread."""
+        with torch.no_grad():
+            for target, source in copies:
+                target.copy_(source)
 
     @abstractmethod
     def compute_event(self) -> Event:

@@ -67,6 +67,16 @@ class Pending:
                 self._tensors.append(tensor)
                 tensor.__class__ = _FENCED[type(tensor)]
 
+    def let_go(self, tensors: Iterable[Tensor | None]) -> None:
+        """Unfence tensors that the update needs no more, and keep nothing of them."""
+        with self._lock:
+            gone = {id(tensor) for tensor in tensors if tensor is not None}
+            for tensor in self._tensors:
+                if id(tensor) in gone:
+                    tensor.__class__ = _PLAIN[type(tensor)]
+                    del _held[id(tensor)]
+            self._tensors = [tensor for tensor in self._tensors if id(tensor) not in gone]
+
     def settle(self) -> None:
         """Block until the update is done; its tensors are ordinary ones again.
 

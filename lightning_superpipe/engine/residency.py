@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -90,8 +91,20 @@ class Residency:
         if unit.arrival is not None:
             self.lanes.compute_waits(unit.arrival, unit.index)
             unit.arrival = None
-        unit.settle()  # it has passed, or the copy could not have arrived
+        if unit.pending is not unit.in_slot or (unit.pending is not None and unit.pending.done.query()):
+            unit.settle()  # it has passed, or the copy could not have arrived
         self._casts.fill(unit)
+
+    def may_update_in_slot(self, unit: Unit) -> bool:
+        """Whether a unit lies in its slot with up-to-date bytes, and stays there for the time being."""
+        return (
+            unit.slot is not None
+            and unit.arrival is None
+            and not unit.num_active
+            and not unit.has_own_storage
+            and self.is_fresh(unit)
+            and not self.follower.will_evict(unit.index)
+        )
 
     def _make_room(self, unit: Unit) -> None:
         loaded = [other for other in self.units if other.slot is not None and other is not unit]
@@ -149,6 +162,9 @@ class Residency:
         """Give a unit's slot back. Nothing is copied, unless a forward has changed weights on the device."""
         slot = unit.slot
         assert slot is not None, f"unit {unit.name!r} is evicted but has no slot"
+        if unit.in_slot is not None and unit.arrival is not None:
+            with contextlib.suppress(Exception):  # an update that failed tells those who wait for it
+                unit.arrival.synchronize()  # its kernels write to the slot (test_slot_is_kept_until_its_update_is_over)
         self._unbind(unit)
         self.copy_back(unit)
         has_been_used = unit.arrival is None
@@ -158,7 +174,7 @@ class Residency:
             if has_been_used and slot.has_escaped:
                 self._leave_storage(slot)
             self.slots.give_back(slot, self.lanes.compute_event)
-        unit.slot = unit.arrival = unit.stamp = None
+        unit.slot = unit.arrival = unit.stamp = unit.in_slot = None
 
     def _leave_storage(self, slot: Slot) -> None:
         """A view of the slot is still alive somewhere: its holder keeps the memory, the slot gets another."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,7 @@ class StreamLanes(Lanes):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._streams = {lane: torch.Stream(device) for lane in (Lane.H2D, Lane.D2H)}
+        self._besides = {lane: torch.Stream(device) for lane in (Lane.COMPUTE, Lane.H2D, Lane.D2H)}
         self._issuers = {lane: HostLane(f"superpipe-{lane.value}") for lane in (Lane.H2D, Lane.D2H)}
         self._stalls: deque[tuple[torch.Event, torch.Event]] = deque()
         self._stall_seconds = 0.0
@@ -106,6 +107,22 @@ class StreamLanes(Lanes):
             self._spans.append(_DeviceSpan(lane, label.name, label.unit, start, done, num_bytes))
         return done
 
+    def _carry(self, lane: Lane, copies: Sequence[Copy], label: Label) -> None:
+        start, stream = now(), self._besides[lane]
+        with stream:
+            for target, source in copies:
+                target.copy_(source, non_blocking=True)
+            stream.record_event(torch.Event(self.device)).synchronize()
+        if self.recorder is not None:
+            num_bytes = sum(copy.source.nbytes for copy in copies)
+            self.recorder.span(lane, label.name, label.unit, start, now(), num_bytes)
+
+    def run_beside(self, work: Callable[[], None]) -> None:
+        stream = self._besides[Lane.COMPUTE]
+        with stream:
+            work()
+            stream.record_event(torch.Event(self.device)).synchronize()
+
     def _timed(self, stream: torch.Stream) -> torch.Event:
         return stream.record_event(torch.Event(self.device, enable_timing=True))
 
@@ -117,6 +134,7 @@ class StreamLanes(Lanes):
 
     def compute_waits(self, event: Event, unit: int) -> None:
         if event.query() or not isinstance(event, torch.Event | _LateCopy):
+            event.synchronize()  # the end of an update in the slot: it has to be told by a thread
             return
         stream = self._compute()
         before = self._timed(stream)
@@ -163,5 +181,5 @@ class StreamLanes(Lanes):
     def close(self) -> None:
         for issuer in self._issuers.values():
             issuer.close()
-        for stream in self._streams.values():
+        for stream in (*self._streams.values(), *self._besides.values()):
             stream.synchronize()

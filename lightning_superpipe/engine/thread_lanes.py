@@ -27,6 +27,24 @@ class _Job(NamedTuple):
     done: HostEvent
 
 
+class _Link:
+    """One direction of the emulated link: whoever copies gets it one after the other."""
+
+    def __init__(self, lane: Lane, link: Link) -> None:
+        self._bandwidth = link.h2d_gb_s if lane is Lane.H2D else link.d2h_gb_s
+        self._latency_s = link.latency_ms / 1e3
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def reserve(self, num_bytes: int) -> tuple[float, float]:
+        """Return when a copy begins and when it ends; the end is absolute: the real copy is part of the emulated."""
+        seconds = self._latency_s + (num_bytes / (self._bandwidth * 1e9) if self._bandwidth else 0.0)
+        with self._lock:
+            start = max(now(), self._free_at)
+            self._free_at = start + seconds
+        return start, start + seconds
+
+
 class ThreadLanes(Lanes):
     """Copies by two threads. Compute is synchronous here, so its events have always passed.
 
@@ -47,6 +65,8 @@ class ThreadLanes(Lanes):
         self._threads: list[threading.Thread] = []
         self._last: dict[Lane, HostEvent] = {}
         self._stall_seconds = 0.0
+        self._links = {lane: _Link(lane, self._link) for lane in (Lane.H2D, Lane.D2H)}
+        self._rng = random.Random(f"{seed} carry")
 
     def _queue(self, lane: Lane, copies: Sequence[Copy], after: Sequence[Event], label: Label) -> Event:
         if lane not in self._queues:
@@ -116,18 +136,21 @@ class ThreadLanes(Lanes):
     def _run(self, lane: Lane, job: _Job, rng: random.Random) -> None:
         for event in job.after:
             event.synchronize()
+        self._move(lane, job.copies, job.label, rng)
+
+    def _carry(self, lane: Lane, copies: Sequence[Copy], label: Label) -> None:
+        self._move(lane, copies, label, self._rng)
+
+    def _move(self, lane: Lane, copies: Sequence[Copy], label: Label, rng: random.Random) -> None:
         if self._max_delay_ms:
             time.sleep(rng.random() * self._max_delay_ms / 1e3)
-        start = now()
-        num_bytes = sum(copy.source.nbytes for copy in job.copies)
-        for target, source in job.copies:
+        num_bytes = sum(copy.source.nbytes for copy in copies)
+        start, deadline = self._links[lane].reserve(num_bytes)
+        for target, source in copies:
             _copy(target, source)
-        # The deadline is absolute: the time of the real copy is part of the emulated one.
-        bandwidth = self._link.h2d_gb_s if lane is Lane.H2D else self._link.d2h_gb_s
-        deadline = start + self._link.latency_ms / 1e3 + (num_bytes / (bandwidth * 1e9) if bandwidth else 0.0)
         time.sleep(max(0.0, deadline - now()))
         if self.recorder is not None:
-            self.recorder.span(lane, job.label.name, job.label.unit, start, now(), num_bytes)
+            self.recorder.span(lane, label.name, label.unit, start, now(), num_bytes)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import hooks_are_allowed, raw_tensors, storage_address
 from lightning_superpipe.engine.casts import Casts, Conversion
+from lightning_superpipe.engine.pending import unfenced
 from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.wire import Wire
@@ -193,7 +194,8 @@ class SavedTensors:
 
     def _token(self, unit: Unit, index: int, tensor: Tensor, offset: int, *, cast: _Part | None) -> Token:
         parameter = unit.parameters[index]
-        versions = (parameter._version, unit.twin(index)._version)
+        with unfenced():  # an update that goes on beside the unit's call has raised the version beforehand
+            versions = (parameter._version, unit.twin(index)._version)
         size, stride = tensor.size(), tensor.stride()
         return Token(weakref.ref(unit), unit.name, index, parameter, versions, tensor.dtype, size, stride, offset, cast)
 
@@ -209,7 +211,9 @@ class SavedTensors:
             raise RuntimeError(
                 f"parameter {packed.position} of unit {packed.unit_name!r} was replaced between forward and backward."
             )
-        if packed.versions != (packed.parameter._version, unit.twin(packed.position)._version):
+        with unfenced():
+            versions = (packed.parameter._version, unit.twin(packed.position)._version)
+        if packed.versions != versions:
             raise RuntimeError(_MODIFIED.format(index=packed.position, unit=packed.unit_name))
         host.use_in_backward(unit)
         assert unit.slot is not None, "a unit in use has a slot"

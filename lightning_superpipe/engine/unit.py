@@ -41,7 +41,8 @@ class Unit:
 
     A unit is *loaded* while it owns a slot, *arrived* once compute waits for no copy of it, and *bound* while its
     modules hold twins. Bound implies loaded. ``num_active`` counts its calls on the call stack. ``epoch`` counts the
-    optimizer steps that changed it; ``pending`` is the update under way, if there is one.
+    optimizer steps that changed it; ``pending`` is the update under way, if there is one, and ``in_slot`` the same if
+    it updates the slot itself: the unit *arrives* there with the end of the update's kernels.
 
     Args:
         index: position among the units, in registration order.
@@ -75,6 +76,7 @@ class Unit:
         self.stamp: tuple[object, ...] | Pending | None = None
         self.epoch = 0
         self.pending: Pending | None = None
+        self.in_slot: Pending | None = None
         self._slab: Slab | None = None
         self.twins: list[nn.Parameter | None] = []
         self.scan()
@@ -174,11 +176,27 @@ class Unit:
         Versions alone do not do: fused optimizers leave them as they are (test_fused_steps_inside_one_step). While an
         update is under way it is the stamp itself: copies are queued behind it.
         """
-        if self.pending is not None:
-            return self.pending
-        return (self.epoch, *((p._version, p.data_ptr()) for p in self.parameters))
+        return self.settled_stamp() if self.pending is None else self.pending
+
+    def settled_stamp(self) -> tuple[object, ...]:
+        """The stamp once no update is under way; one that updates the slot has raised the versions beforehand."""
+        epoch = self.epoch + (self.pending is not None)
+        with unfenced():
+            return (epoch, *((p._version, p.data_ptr()) for p in self.parameters))
 
     # -- updates
+
+    def distrust(self) -> None:
+        """Anything may have written to the host's bytes, but not while an update of them is under way: it would have
+        been waited for.
+        """
+        if self.pending is None or self.stamp is not self.pending:
+            self.stamp = None
+
+    def update_in_slot(self, pending: Pending, arrival: Event) -> None:
+        """Let an update change the slot as well, so that nothing has to be loaded afterwards."""
+        self.in_slot = self.stamp = pending
+        self.arrival = arrival
 
     def settle(self) -> None:
         """Block until no update of the unit is under way.
@@ -192,7 +210,7 @@ class Unit:
     def note_settled(self, pending: Pending) -> None:
         """The update is done: what was copied behind it is up to date, unless somebody writes from now on."""
         if self.pending is pending:
-            self.pending = None
+            self.pending = self.in_slot = None
             self.epoch += 1
             if self.stamp is pending:
                 self.stamp = self.current_stamp()

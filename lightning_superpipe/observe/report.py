@@ -89,6 +89,7 @@ class Report:
         unit_overhead_us: what the engine adds to a unit's forward or backward, microseconds.
         sees_loop: the peak holds what the user's loop computes itself, such as a loss, and not the model's calls and
             their backward alone.
+        num_on_device: units that are updated on the device.
     """
 
     k: int
@@ -106,6 +107,7 @@ class Report:
     emulated: bool
     unit_overhead_us: float
     sees_loop: bool = True
+    num_on_device: int = 0
 
     @property
     def peak_device_bytes(self) -> int:
@@ -151,6 +153,7 @@ class Report:
             "k",
             "k_prime",
             "num_resident",
+            "num_on_device",
             "num_units",
             "num_steps",
             "num_parameters",
@@ -177,6 +180,7 @@ class Report:
         where = f"{self.device} (emulated link and memory)" if self.emulated else self.device
         window = f"k={self.k} of {self.num_units} units, k'={self.k_prime}"
         window += f", {self.num_resident} resident" if self.num_resident else ""
+        window += f", {self.num_on_device} updated on the device" if self.num_on_device else ""
         return Text.assemble(("superpipe", "bold"), f" on {where}: {window}, {self.num_steps} steps")
 
     def _memory_table(self) -> Table:

@@ -4,23 +4,45 @@ from __future__ import annotations
 
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
+from lightning_superpipe.optimizer.share import ShareChoice
 from lightning_superpipe.optimizer.stage import UpdateStage
 
-__all__ = ["make_stage"]
+__all__ = ["make_share_choice", "make_stage"]
 
 
 def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None) -> UpdateStage | None:
     """Return the stage that splits optimizer steps; None where they stay whole."""
     hostile = config.adversary
     gains_nothing = engine.lanes.shares_memory and hostile is None
-    at_once = config.update == "at_once" or (config.update == "auto" and gains_nothing)
+    wants_device = config.update_on_device != 0
+    at_once = config.update == "at_once" or (config.update == "auto" and gains_nothing and not wants_device)
     if at_once and masters is None:
         return None
+    device = None
+    if wants_device:
+        share = 0.0 if config.update_on_device == "auto" else float(config.update_on_device)
+        poison = hostile is not None and hostile.poison
+        device = DeviceUpdates(engine, share, has_masters=masters is not None, poison=poison)
     return UpdateStage(
         engine,
         max_delay_ms=hostile.max_delay_ms if hostile is not None else 0.0,
         seed=hostile.seed if hostile is not None else 0,
         masters=masters,
         in_thread=not at_once,
+        device=device,
     )
+
+
+def make_share_choice(
+    engine: Engine, config: SuperpipeConfig, updates: UpdateStage | None, *, first: int
+) -> ShareChoice | None:
+    """Return what finds the share of updates on the device; None where the options name one.
+
+    Args:
+        first: number of the first training step that is like all others; one that is recorded anyway is left alone.
+    """
+    if updates is None or updates.device is None or config.update_on_device != "auto":
+        return None
+    return ShareChoice(engine, updates.device, first + (config.record_step == first))

@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer
 
-__all__ = ["FusedChoice", "sparsely_differentiated", "wants_fused"]
+__all__ = ["FusedChoice", "left_open", "sparsely_differentiated", "wants_fused"]
 
 _HAVE_FUSED_CPU_KERNELS = (Adam, AdamW, SGD, Adagrad)
+_left_open: WeakKeyDictionary[Optimizer, frozenset[int]] = WeakKeyDictionary()
+
+
+def left_open(optimizer: Optimizer) -> frozenset[int]:
+    """Numbers of the groups whose user left the choice of kernels open, and which run fused ones because of us."""
+    return _left_open.get(optimizer, frozenset())
 
 
 class FusedChoice:
@@ -47,7 +53,7 @@ class FusedChoice:
             optimizer.param_groups[index]["fused"] = True
         if changed:
             optimizer._need_device_dtype_check_for_fused = True  # type: ignore[attr-defined]  # as constructors do
-            self._left_open[optimizer] = changed
+            self._left_open[optimizer] = _left_open[optimizer] = changed
         return bool(changed)
 
     def give_back(self) -> None:
@@ -55,6 +61,7 @@ class FusedChoice:
         for optimizer, indices in self._left_open.items():
             for index in indices:
                 optimizer.param_groups[index]["fused"] = None
+            _left_open.pop(optimizer, None)
         self._left_open.clear()
 
     def users_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,29 +19,17 @@ from torch.optim import Optimizer
 from lightning_superpipe.engine.casting import cast_into, take_changes
 from lightning_superpipe.engine.wire import HALVES
 from lightning_superpipe.errors import SuperpipeWarning, UnsupportedError
-from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable, narrowed, step_of
+from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable, narrowed
+from lightning_superpipe.optimizer.stand_ins import StandIn, held, step_on
+from lightning_superpipe.partition.anchors import is_dense
 
-__all__ = ["MASTER", "Masters", "wants_master"]
+__all__ = ["MASTER", "Masters", "step_on_masters", "wants_master"]
 
 MASTER = "master"
 """Key of the master in the state of a parameter."""
 
 # Elements updated in one call, if no tensor is larger: the kernels' own cost is then too small to see.
 _BATCH = 1 << 21
-
-
-class _Mastered(NamedTuple):
-    """A parameter that is updated through its master.
-
-    Attributes:
-        target: the parameter's memory.
-        state: the optimizer's own entries, changed in place.
-    """
-
-    group: int
-    target: Tensor
-    gradient: Tensor
-    state: dict[str, Any]
 
 
 def wants_master(parameter: Tensor) -> bool:
@@ -131,7 +118,7 @@ class Masters:
     ) -> Callable[[], None]:
         """Return the step for some parameters, see :func:`separable.narrowed`; their masters are there."""
         plain = narrowed(optimizer, groups, [member for member in some if not wants_master(member.parameter)])
-        mastered = [_mastered(optimizer, member) for member in some if wants_master(member.parameter)]
+        mastered = [held(optimizer, member) for member in some if wants_master(member.parameter)]
 
         def step() -> None:
             plain()
@@ -141,21 +128,16 @@ class Masters:
 
         return step
 
-    def _step(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], batch: Sequence[_Mastered]) -> None:
-        scratch, start = self._scratch(sum(each.target.numel() for each in batch)), 0
-        stand_ins, states = [], defaultdict[Any, Any](dict)
-        for each in batch:
-            take_changes(each.state[MASTER], each.target)
-            stand_in: Any = each.state[MASTER].detach()
-            stand_in.grad = _cast_gradient(each.gradient, scratch[start : start + each.target.numel()])
-            start += each.target.numel()
-            stand_ins.append(Member(each.group, stand_in))
-            # Kernels take an empty state for a first step, so they must not see the master in it.
-            states[stand_in] = {key: value for key, value in each.state.items() if key != MASTER}
-        step_of(optimizer, groups, stand_ins, states)
-        for each, (_, stand_in) in zip(batch, stand_ins, strict=True):
-            each.state.update(states[stand_in])
-            cast_into(each.target, each.state[MASTER])
+    def _step(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], batch: Sequence[StandIn]) -> None:
+        scratch, start = self._scratch(sum(each.parameter.numel() for each in batch)), 0
+
+        def memory(gradient: Tensor) -> Tensor:
+            nonlocal start
+            start += gradient.numel()
+            return scratch[start - gradient.numel() : start].as_strided(gradient.size(), gradient.stride())
+
+        for each, made in zip(batch, step_on_masters(optimizer, groups, batch, memory), strict=True):
+            each.state.update(made)
 
     def _make(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
         """Make a parameter's master of its value, and its states float32."""
@@ -189,31 +171,50 @@ class Masters:
         return scratch
 
 
-def _mastered(optimizer: Optimizer, member: Member) -> _Mastered:
-    parameter = member.parameter
-    assert parameter.grad is not None, "members have gradients"
-    return _Mastered(member.group, parameter.detach(), parameter.grad, optimizer.state[parameter])
+def step_on_masters(
+    optimizer: Optimizer,
+    groups: Sequence[dict[str, Any]],
+    some: Sequence[StandIn],
+    memory: Callable[[Tensor], Tensor],
+) -> list[dict[str, Any]]:
+    """Run a step through masters; as :func:`step_on`, with the rounded values in the parameters.
+
+    Args:
+        some: parameters of 2 bytes, whose states hold their masters.
+        memory: returns float32 memory shaped as a dense gradient, which is cast into it.
+    """
+    stand_ins: list[StandIn] = []
+    for each in some:
+        take_changes(each.state[MASTER], each.parameter)
+        # Kernels take an empty state for a first step, so they must not see the master in it.
+        own = {key: value for key, value in each.state.items() if key != MASTER}
+        gradient = _cast_gradient(each.gradient, memory)
+        stand_ins.append(StandIn(each.group, each.state[MASTER], gradient, own))
+    made = step_on(optimizer, groups, stand_ins)
+    for each in some:
+        cast_into(each.parameter, each.state[MASTER])
+    return made
 
 
-def _batches(some: Sequence[_Mastered]) -> Iterator[list[_Mastered]]:
+def _batches(some: Sequence[StandIn]) -> Iterator[list[StandIn]]:
     """Parameters by calls of a size that is worth one."""
-    batch: list[_Mastered] = []
+    batch: list[StandIn] = []
     num_elements = 0
     for each in some:
-        if batch and num_elements + each.target.numel() > _BATCH:
+        if batch and num_elements + each.parameter.numel() > _BATCH:
             yield batch
             batch, num_elements = [], 0
         batch.append(each)
-        num_elements += each.target.numel()
+        num_elements += each.parameter.numel()
     if batch:
         yield batch
 
 
-def _cast_gradient(gradient: Tensor, memory: Tensor) -> Tensor:
+def _cast_gradient(gradient: Tensor, memory: Callable[[Tensor], Tensor]) -> Tensor:
     """A gradient in float32, in the memory given where it is dense."""
     if gradient.layout is not torch.strided:
         return gradient.float()
-    cast = memory.view(gradient.size()) if gradient.is_contiguous() else torch.empty_like(gradient, dtype=torch.float32)
+    cast = memory(gradient) if is_dense(gradient) else torch.empty_like(gradient, dtype=torch.float32)
     cast_into(cast, gradient)
     return cast
 

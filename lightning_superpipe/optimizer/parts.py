@@ -34,13 +34,14 @@ class Part:
     """The part of a step that belongs to one unit; its gradients may still be on their way when it is made.
 
     Args:
-        narrow: returns the step for some parameters and their gradients of then, see :func:`narrowed`.
+        narrow: returns the step for some parameters and their gradients of then, see :func:`narrowed`; may be changed
+            until they are taken.
     """
 
     def __init__(
         self, narrow: Narrow, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]
     ) -> None:
-        self._narrow, self.optimizer, self._groups, self.members = narrow, optimizer, groups, some
+        self.narrow, self.optimizer, self._groups, self.members = narrow, optimizer, groups, some
         self._step: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
@@ -58,9 +59,14 @@ class Part:
         with self._lock, unfenced():
             if self._step is None:
                 pending.hold(self.gradients())
-                self._step = self._narrow(self.optimizer, self._groups, self.members)
+                self._step = self.narrow(self.optimizer, self._groups, self.members)
 
     def run(self, pending: Pending) -> None:
         self.take_gradients(pending)
         assert self._step is not None
         self._step()
+        self._step = _over  # nothing of the gradients is held any more
+
+
+def _over() -> None:
+    """The step of a part that has run."""

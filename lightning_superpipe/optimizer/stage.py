@@ -30,6 +30,7 @@ from lightning_superpipe.engine.pending import Pending, may_be_held, settle_befo
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning
 from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.parts import Announced, Part
 from lightning_superpipe.optimizer.separable import (
@@ -54,6 +55,7 @@ class UpdateStage:
         seed: of those delays.
         masters: runs the parts where parameters have master weights; None where none have.
         in_thread: False: all parts run at once, when the step is asked for.
+        device: updates some units on the device; None if all are updated on the host.
 
     Attributes:
         num_parts: parts of steps that ran in the thread.
@@ -67,9 +69,10 @@ class UpdateStage:
         seed: int = 0,
         masters: Masters | None = None,
         in_thread: bool = True,
+        device: DeviceUpdates | None = None,
     ) -> None:
         self._engine = engine
-        self._masters, self._in_thread = masters, in_thread
+        self._masters, self._in_thread, self.device = masters, in_thread, device
         self._part = partial(Part, narrowed if masters is None else masters.narrowed)
         self._lane = HostLane("superpipe-update")
         self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
@@ -84,7 +87,14 @@ class UpdateStage:
     # -- whose steps
 
     def attend(self, optimizers: Iterable[Optimizer]) -> None:
-        """Split the steps of these optimizers from now on; name those that cannot be, once."""
+        """Split the steps of these optimizers from now on; name those that cannot be, once.
+
+        Raises:
+            UnsupportedError: part of them was to run on the device, or on masters, but they cannot be split.
+        """
+        optimizers = list(optimizers)
+        if self.device is not None:
+            self.device.attend(optimizers)
         for optimizer in optimizers:
             own_hooks = self._masters.attend(optimizer) if self._masters and optimizer not in self._hooks else []
             if not is_separable(optimizer):
@@ -138,6 +148,8 @@ class UpdateStage:
                 unit.settle()
         if self._masters is not None:
             self._masters.refuse_scaled(optimizer, members(optimizer))
+        if self.device is not None:
+            self.device.refuse_scaled(optimizer)
         if is_scaled(optimizer):
             return
         everything, groups = members(optimizer), options(optimizer)
@@ -181,7 +193,9 @@ class UpdateStage:
 
     def _start(self, unit: Unit, part: Part, *, after: Event) -> None:
         """Run a part in the thread, after an event that completes its gradients."""
-        delay, lanes, done = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes, HostEvent()
+        delay, lanes = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes
+        place = None if self.device is None else self.device.place_for(unit, part)
+        done = HostEvent() if place is None else place.ending
         pending = unit.pending = Pending(part.tensors(), done, unit.note_settled)
         if isinstance(after, Past):
             part.take_gradients(pending)
@@ -191,13 +205,39 @@ class UpdateStage:
             with unfenced(), torch.no_grad():
                 start = now()
                 part.run(pending)
-                if lanes.recorder is not None:
+                if is_lent:
+                    self._take_back(unit, part, pending)
+                if lanes.recorder is not None and place is None:
                     lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
 
         self.num_parts += 1
-        self._lane.submit(update, after=after, done=done)
+        is_lent = self._announced is not None
+        if is_lent:
+            self._engine.gradients.homes.lent_until(unit.index, done)
+        if self.device is None or place is None:
+            self._lane.submit(update, after=after, done=done)
+        else:
+            self.device.submit(place, update, pending, after=after)
 
     # -- in backward
+
+    def _may_lend(self, index: int) -> bool:
+        """Whether a unit will be updated as soon as its gradients are home, so that nobody needs them afterwards."""
+        announced = self._announced
+        if (
+            announced is None
+            or index not in announced.members
+            or index in announced.home
+            or not self._comes_once(index)
+        ):
+            return False
+        part = self._part(announced.optimizer, announced.groups, announced.members[index])
+        return all(each.parameter.grad is None for each in part.members) and self._may_start(part)
+
+    def _take_back(self, unit: Unit, part: Part, pending: Pending) -> None:
+        """The gradients of a unit are used up."""
+        pending.let_go(part.gradients())
+        self._engine.gradients.homes.take_back(unit.index, (member.parameter for member in part.members))
 
     @contextlib.contextmanager
     def announced(self, optimizer: Optimizer) -> Iterator[None]:
@@ -231,6 +271,7 @@ class UpdateStage:
         ]
         self._announced = Announced(optimizer, options(optimizer), self._by_unit(everything))
         self._engine.gradients.on_home = self._note_home
+        self._engine.gradients.may_lend = self._may_lend
 
     def withdraw(self) -> list[str]:
         """No step follows any more; return the names of units that have been updated all the same."""
@@ -242,7 +283,7 @@ class UpdateStage:
     def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, Part]:
         """The backward pass is over, and with it the gradients are complete; return what has been updated."""
         announced, self._announced = self._announced, None
-        self._engine.gradients.on_home = None
+        self._engine.gradients.on_home = self._engine.gradients.may_lend = None
         if announced is not None:
             self._once = {index for index, home in announced.home.items() if max(home.values()) == 1}
         if announced is None or optimizer not in (None, announced.optimizer):
@@ -284,9 +325,11 @@ class UpdateStage:
             for hook in hooks:
                 hook.remove()
         self._hooks.clear()
-        self._engine.gradients.on_home = None
+        self._engine.gradients.on_home = self._engine.gradients.may_lend = None
         try:
             for unit in self._engine.units:
                 unit.settle()
         finally:
             self._lane.close()
+            if self.device is not None:
+                self.device.close()

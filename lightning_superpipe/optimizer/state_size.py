@@ -8,7 +8,7 @@ from torch import Tensor, optim
 
 from lightning_superpipe.optimizer.masters import wants_master
 
-__all__ = ["missing_state_bytes"]
+__all__ = ["missing_state_bytes", "state_tensor_sizes"]
 
 # State tensors as large as the parameter, always and by option.
 _LIKE_PARAMETER: dict[type[optim.Optimizer], tuple[int, tuple[str, ...]]] = {
@@ -26,6 +26,9 @@ _LIKE_PARAMETER: dict[type[optim.Optimizer], tuple[int, tuple[str, ...]]] = {
     optim.Muon: (1, ()),
     optim.SGD: (0, ("momentum",)),
 }
+
+_NUMBERS = [1, 1, 1]
+"""Step counts and the like; ASGD keeps three."""
 
 
 def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool) -> int:
@@ -47,10 +50,23 @@ def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool) -> in
     )
 
 
-def _num_elements(optimizer: optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
-    """Elements of the states of one parameter; numbers such as step counts are left out."""
+def state_tensor_sizes(optimizer: optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> list[int]:
+    """Elements of each state tensor of one parameter, at most; classes that are not known here have none.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(10))
+    >>> optimizer = optim.AdamW([weight])
+    >>> state_tensor_sizes(optimizer, optimizer.param_groups[0], weight)
+    [10, 10, 1, 1, 1]
+    """
     if type(optimizer) is optim.Adafactor and parameter.dim() > 1:
         rows, columns = parameter.shape[-2:]
-        return parameter.numel() // max(rows * columns, 1) * (rows + columns)
+        num_matrices = parameter.numel() // max(rows * columns, 1)
+        return [num_matrices * rows, num_matrices * columns, *_NUMBERS]
     always, by_option = _LIKE_PARAMETER.get(type(optimizer), (0, ()))
-    return (always + sum(bool(group.get(name)) for name in by_option)) * parameter.numel()
+    return [parameter.numel()] * (always + sum(bool(group.get(name)) for name in by_option)) + _NUMBERS
+
+
+def _num_elements(optimizer: optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> int:
+    """Elements of the states of one parameter; numbers such as step counts are left out."""
+    return sum(state_tensor_sizes(optimizer, group, parameter)[: -len(_NUMBERS)])

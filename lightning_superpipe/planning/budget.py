@@ -8,7 +8,7 @@ from humanize import naturalsize
 
 from lightning_superpipe.errors import BudgetError
 
-__all__ = ["AUTO_K", "MemoryNeed", "choose_k", "choose_residents"]
+__all__ = ["AUTO_K", "MemoryNeed", "choose_k", "choose_residents", "refuse_updates"]
 
 AUTO_K = 3
 """One unit computes, one arrives, one leaves: more slots only help where copies are irregular."""
@@ -27,6 +27,7 @@ class MemoryNeed:
         num_units: units of the model.
         trains: gradients need room as well.
         trained_bytes: of the parameters of one unit that get gradients, at most; None for all of the slot.
+        update_bytes: what updates on the device take beside the slots.
     """
 
     slot_bytes: int
@@ -35,6 +36,7 @@ class MemoryNeed:
     num_units: int
     trains: bool = True
     trained_bytes: int | None = None
+    update_bytes: int = 0
 
     @property
     def gradient_bytes(self) -> int:
@@ -48,7 +50,7 @@ class MemoryNeed:
         >>> MemoryNeed(slot_bytes=10, largest_unit="h", anchor_bytes=5, num_units=8).total(k=3)
         55
         """
-        return k * self.slot_bytes + self.anchor_bytes + self.gradient_bytes
+        return k * self.slot_bytes + self.anchor_bytes + self.gradient_bytes + self.update_bytes
 
 
 def choose_k(k: int | None, need: MemoryNeed, budget_bytes: int | None, *, k_prime: int) -> int:
@@ -96,6 +98,24 @@ def choose_residents(asked: int | None, k: int, need: MemoryNeed, budget_bytes: 
             f"Use resident<={fits}, or 'auto'."
         )
     return min(asked, most)
+
+
+def refuse_updates(num_slots: int, need: MemoryNeed, budget_bytes: int | None) -> None:
+    """Raise if updates on the device do not fit beside the slots.
+
+    Raises:
+        BudgetError: with the bytes needed and allowed.
+
+    >>> refuse_updates(2, MemoryNeed(slot_bytes=10, largest_unit="h", anchor_bytes=0, num_units=8, update_bytes=9), 49)
+    """
+    total = need.total(num_slots)
+    if budget_bytes is not None and need.update_bytes and total > budget_bytes:
+        raise BudgetError(
+            f"update_on_device takes {_size(need.update_bytes)} ({need.update_bytes} bytes) of device memory for "
+            f"gradients and states of the largest unit, {need.largest_unit!r}; with {num_slots} slots that makes "
+            f"{_size(total)} ({total} bytes), but device_memory allows {_size(budget_bytes)} ({budget_bytes} bytes). "
+            f"Leave update_on_device out, mark smaller units with `units=`, or allow {total} bytes."
+        )
 
 
 def _refusal(k: int, need: MemoryNeed, budget_bytes: int, fits: int, k_prime: int) -> str:
