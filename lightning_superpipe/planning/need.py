@@ -66,7 +66,7 @@ def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
     >>> device_need(Workload((unit,) * 4, anchor_bytes=3), Setting(k=2))
     DeviceBytes(slots=20, anchors=3, gradients=20, activations=21)
     >>> device_need(Workload((unit,) * 4), Setting(k=2, activations=("recompute",) * 4)).activations
-    10
+    9
     """
     units, micro_batches = workload.units, setting.micro_batches
     policies = [setting.policy(index) for index in range(len(units))]

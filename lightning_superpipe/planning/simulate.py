@@ -1,8 +1,8 @@
 """Simulation of training steps: what the engine does, on lanes whose speeds are known.
 
 One thread issues everything (the loop's, that calls the module), and each lane works in the order in which it was
-asked. So a step is played in one walk over its plan: compute has one clock, and each copy and each update gets its end from
-what it waits for. What waits for what is the engine's (:mod:`lightning_superpipe.engine.engine`):
+asked. So a step is played in one walk over its plan: compute has one clock, and each copy and each update gets its end
+from what it waits for. What waits for what is the engine's (:mod:`lightning_superpipe.engine.engine`):
 
 - what the plan moves after a forward is issued at its end; after a backward, when the next one begins, behind the
   gradients of the unit before and the activations that are fetched;
