@@ -15,7 +15,7 @@ __all__ = ["Search"]
 
 _NUM_LEVELS = 9  # counts of units with another policy than to keep are tried at so many levels, then closer
 _WINDOWS = (2, 3, 4, 6, 8)
-_MOST_PLAYED = 60  # bounds order the settings well, so the best come first; a limit on time all the same
+_MOST_PLAYED_UNITS = 8000  # so many units may be played in all: bounds order settings well, so the best come early
 _NO_STALL = 0.01  # of a step
 
 
@@ -55,6 +55,7 @@ class Search:
         self._k_prime = None if k_prime is None else min(k_prime, n if self._k is None else self._k)
         self._resident, self._policies = resident, list(policies)
         self._micro_batches = [1 << power for power in range(most_micro_batches.bit_length())]
+        self._most_played = max(20, _MOST_PLAYED_UNITS // max(n, 1))
         self._bounds = StepBounds(workload, speeds)
         self._played: dict[Setting, Prediction] = {}
         self._can_recompute = self._by_saving("recompute")
@@ -163,7 +164,7 @@ class Search:
                 if (setting := self._with_slots(base)) is not None:
                     heapq.heappush(waiting, (self._bounds.seconds(setting), len(waiting), setting, mix))
         best: tuple[float, Setting, tuple[int, int]] | None = None
-        while waiting and self.num_simulated < _MOST_PLAYED:
+        while waiting and self.num_simulated < self._most_played // 2:
             bound_s, _, setting, mix = heapq.heappop(waiting)
             if best is not None and bound_s >= best[0] * (1 - self.tie):
                 break
@@ -180,7 +181,7 @@ class Search:
         while step:
             for change in ((-step, 0), (0, -step), (step, 0), (0, step), (step, -step), (-step, step)):
                 other = mix[0] + change[0], mix[1] + change[1]
-                if min(other) < 0:
+                if min(other) < 0 or self.num_simulated >= self._most_played:
                     continue
                 base = replace(setting, activations=self._mix(*other))
                 found = self._with_slots(base)
@@ -262,7 +263,7 @@ class Search:
     def reason(self, setting: Setting, *, is_whole: bool) -> str:
         """Say why these slots, in words."""
         if is_whole:
-            return "everything fits, nothing needs to leave the device"
+            return "everything fits, so no unit leaves the device, as without streaming"
         step = self.predict(setting)
         if self._k is not None:
             return "as asked"
