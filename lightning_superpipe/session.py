@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.device_memory import device_limit
 from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.choices import make_lanes, may_pin, memory_need, wire_of
@@ -22,7 +25,7 @@ from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.host_memory import held_bytes, host_need
-from lightning_superpipe.observe.host_bytes import available_bytes
+from lightning_superpipe.observe.host_bytes import HostBytes, available_bytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
@@ -33,12 +36,11 @@ from lightning_superpipe.planning.budget import choose_k, choose_residents
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
 from lightning_superpipe.tiers import HostTier
+from lightning_superpipe.tuning import Tuner
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
-_MARGIN = 10  # a tenth more activations than measured
-_NUM_TIMED_STEPS = 3
-_NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
+_log = logging.getLogger("lightning_superpipe")
 
 
 class Session:
@@ -50,6 +52,7 @@ class Session:
         trains: gradients will come; evaluation needs no room for them.
         owns_root: the root itself is called (not only its parts): each call outside :meth:`step` is a step by itself.
         optimizers: those that are known already; :meth:`attend` is called with all.
+        tell: says something to the user; None logs it.
 
     Raises:
         PartitionError, UnsupportedError: the module cannot be streamed, or not as asked, or streams already.
@@ -65,6 +68,7 @@ class Session:
         trains: bool,
         owns_root: bool = False,
         optimizers: Iterable[Optimizer] = (),
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.device, self.trains = config, device, trains
         refuse_streamed(root)
@@ -77,40 +81,35 @@ class Session:
         found = partition(root, config.units)
         self._wire = wire_of(root, config)
         need = memory_need(root, found, self._wire, trains=trains)
-        budget = config.device_memory if isinstance(config.device_memory, int) else None
-        self.k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=config.k_prime)
-        self.k_prime = min(config.k_prime, self.k)
-        asked = 0 if config.resident == "auto" else config.resident
-        self.num_resident = choose_residents(asked, self.k, need, budget, need.total(self.k))
-        self.units: UnitTable = unit_table(root, found, k=self.k)
+        limit = device_limit(config, device)
+        budget = None if config.device_memory is None else limit
+        k_prime = 1 if config.k_prime == "auto" else config.k_prime
+        k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
+        resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
+        start = Setting(k, min(k_prime, k), resident)
+        self.units: UnitTable = unit_table(root, found, k=k)
         self._need, self._budget, self._root = need, budget, root
         self._optimizers = list(optimizers)
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
         self._tier = HostTier(pin=may_pin(config, device) and self._wire.dtype is None)
-        self._engine = self._make_engine(root, found, owns_root)
+        self._engine = self._make_engine(root, found, start, owns_root)
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
-        self._profiler = Profiler(
-            self._engine,
-            self._meter,
-            trains=trains,
-            optimizers=lambda: self._optimizers,
-            anchor_bytes=lambda: self._static_bytes()[1],
-        )
+        self._tuner = self._make_tuner(start, limit, tell or _log.info)
         self._backward_scope = contextlib.ExitStack()
         self._owns_root = owns_root
         self._num_steps = 0
-        self._is_step_open = self._is_in_scope = False
+        self._is_step_open = self._is_in_scope = self._is_counted = self._updates_in_backward = False
         self._at_step_start = self._last_step = StepCounters()
         self._final_report: Report | None = None
         self.recording: Recording | None = None
 
-    def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
+    def _make_engine(self, root: nn.Module, found: Partition, start: Setting, owns_root: bool) -> Engine:
         hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
         seed = hostile.seed if hostile.shuffle_slots else None
-        window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident)
+        window = Window(start.k, start.k_prime, hostile.poison, seed, start.resident)
         names = [unit.name for unit in found.units]
         return Engine(
             root,
@@ -125,6 +124,36 @@ class Session:
             micro_batches=self.config.micro_batches,
             wire=self._wire,
         )
+
+    def _make_tuner(self, start: Setting, limit: int | None, tell: Callable[[str], None]) -> Tuner:
+        profiler = Profiler(
+            self._engine,
+            self._meter,
+            trains=self.trains,
+            optimizers=lambda: self._optimizers,
+            anchor_bytes=lambda: self._static_bytes()[1],
+        )
+        return Tuner(
+            self._engine,
+            profiler,
+            self.config,
+            replace(start, activations=self._engine.activations.policies()),
+            need=self._need,
+            limit=limit,
+            host_limit=self._host_limit,
+            emulated=self.is_emulated,
+            tell=tell,
+        )
+
+    def _host_limit(self) -> int:
+        """Bytes that all kinds may take on the host together."""
+        if isinstance(self.config.host_memory, int):
+            return self.config.host_memory
+        return available_bytes() + self._held().total
+
+    def _held(self) -> HostBytes:
+        scratch = 0 if self._masters is None else self._masters.scratch_bytes
+        return held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch)
 
     def _require_host(self) -> None:
         """Raise if the host cannot hold what is known of this training."""
@@ -143,7 +172,7 @@ class Session:
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
         with self.step(mode):
-            is_followed = mode == TRAIN and self._is_counted()  # nobody tells us when backward begins
+            is_followed = mode == TRAIN and self._is_counted  # nobody tells us when backward begins
             yield partial(self._meter.follow, since=torch.autograd._get_sequence_nr()) if is_followed else None  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
@@ -151,9 +180,9 @@ class Session:
         """Scope of a step, see :meth:`Engine.step`."""
         self._finish_step()
         if mode == TRAIN:
-            self._begin_training_step()
+            self._begin_training_step(is_undisturbed=is_undisturbed)
         else:
-            self._profiler.note_disturbance()
+            self._tuner.note_disturbance()
         with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed), self._scope():
             yield
         if mode == TRAIN:
@@ -177,27 +206,23 @@ class Session:
         """The backward pass is over."""
         self._backward_scope.close()
 
-    def _begin_training_step(self) -> None:
-        if self._num_steps == _NUM_COUNTED_STEPS and self.config.resident == "auto":
-            self._use_spare_memory()
+    def _begin_training_step(self, *, is_undisturbed: bool) -> None:
         is_recorded = self._num_steps == self.config.record_step
-        is_counted = self._num_steps < _NUM_COUNTED_STEPS or is_recorded
-        self._profiler.begin_step(counts=is_counted, times=self._num_steps in self._timed_steps())
+        update = self._kind_of_update()
+        self._is_counted = self._tuner.begin_step(
+            self._num_steps, is_recorded=is_recorded, is_undisturbed=is_undisturbed, update=update
+        )
         if is_recorded:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
-        self._engine.gradients.on_handed_over = self._meter.leave_out if is_counted else None
+        self._engine.gradients.on_handed_over = self._meter.leave_out if self._is_counted else None
 
-    def _use_spare_memory(self) -> None:
-        """Let units stay in what the first steps left of the budget."""
-        peak = self._meter.peak
-        used = peak.total + peak.activations // _MARGIN
-        count = choose_residents(None, self.k, self._need, self._budget, used)
-        if count:
-            self.num_resident += count
-            self._engine.keep_resident(count)
+    def _kind_of_update(self) -> str:
+        if self._updates is None or not self._updates.in_thread:
+            return "at_once"
+        return "in_backward" if self._updates_in_backward else "after_backward"
 
     def _finish_step(self) -> None:
         """Close the books of the training step before, if one is open."""
@@ -206,10 +231,8 @@ class Session:
             return
         self._is_step_open = False
         self._meter.sample()
-        self._profiler.end_counting()
+        self._tuner.end_step(self._num_steps - 1)
         self._last_step = self._counters() - self._at_step_start
-        if self._num_steps == 1:
-            self._keep_within_budget()
         if self._meter.recorder is not None:
             self._meter.recorder = None
             self.recording = self._engine.lanes.stop_recording().finish(
@@ -222,40 +245,14 @@ class Session:
                 budget_bytes=self._budget,
             )
 
-    def _keep_within_budget(self) -> None:
-        """Let units recompute from the second step on, where the first one's activations were more than allowed."""
-        if self.config.activations != "auto" or self._budget is None:
-            return
-        took, left = self._meter.peak.activations, self._budget - self._need.total(self.k)
-        if took > left:
-            self._engine.activations.recompute_all()
-            warnings.warn(
-                f"activations took {naturalsize(took, binary=True)} in the first step, but device_memory leaves "
-                f"{naturalsize(max(left, 0), binary=True)} for them: from now on units recompute theirs in backward. "
-                "Set activations to 'recompute' to begin with it, or to 'keep' to allow more.",
-                SuperpipeWarning,
-                stacklevel=2,
-            )
-
-    def _timed_steps(self) -> range:
-        """Steps whose times are taken: behind those that are counted, and not where a recording is wanted."""
-        first, record = _NUM_COUNTED_STEPS, self.config.record_step
-        if record is not None and first <= record < first + _NUM_TIMED_STEPS:
-            first = record + 1
-        return range(first, first + _NUM_TIMED_STEPS)
-
     def unit_profile(self) -> UnitProfile | None:
         """What the first steps took, by unit; None before they are over."""
         if self._final_report is not None:
             return self._final_profile
-        setting = Setting(self.k, self.k_prime, self.num_resident, self._engine.activations.policies())
-        return self._profiler.profile(setting, emulated=self.is_emulated)
-
-    def _is_counted(self) -> bool:
-        return self._num_steps <= _NUM_COUNTED_STEPS or self._meter.recorder is not None
+        return self._tuner.profile()
 
     def _counting(self, mode: str) -> contextlib.AbstractContextManager[None]:
-        return self._meter.counting() if mode == TRAIN and self._is_counted() else contextlib.nullcontext()
+        return self._meter.counting() if mode == TRAIN and self._is_counted else contextlib.nullcontext()
 
     def _report_promotions(self) -> None:
         promotions = self._engine.catalog.take_promotions()
@@ -278,6 +275,21 @@ class Session:
     # -- what front ends ask
 
     @property
+    def k(self) -> int:
+        """Most units on the device at once, beside those that stay."""
+        return self._tuner.setting.k
+
+    @property
+    def k_prime(self) -> int:
+        """Units moved per transfer."""
+        return self._tuner.setting.k_prime
+
+    @property
+    def num_resident(self) -> int:
+        """Units that stay on the device."""
+        return self._tuner.setting.resident
+
+    @property
     def is_emulated(self) -> bool:
         """Whether this device is the host itself, so that streaming saves nothing real."""
         return not is_separate(self.device)
@@ -298,6 +310,7 @@ class Session:
 
     def updating_in_backward(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
         """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
+        self._updates_in_backward = True
         return contextlib.nullcontext() if self._updates is None else self._updates.announced(optimizer)
 
     def streams(self, model: nn.Module) -> bool:
@@ -319,12 +332,12 @@ class Session:
             return
         self._finish_step()
         self._final_profile = self.unit_profile()
-        self._profiler.close()
+        self._tuner.close()
         if self._updates is not None:
             self._updates.close()
         self._final_report = self.report()
         self._engine.close()
-        del self._updates, self._engine, self._meter, self._profiler, self._root, self._optimizers, self._tier
+        del self._updates, self._engine, self._meter, self._tuner, self._root, self._optimizers, self._tier
 
     # -- report
 
@@ -339,7 +352,6 @@ class Session:
             slots = num_slots * self._need.slot_bytes
             peak = peak._replace(slots=slots, anchors=static - slots)
         weights, gradients, states = self._training_state()
-        scratch = 0 if self._masters is None else self._masters.scratch_bytes
         return Report(
             k=self.k,
             k_prime=self.k_prime,
@@ -349,13 +361,14 @@ class Session:
             peak=peak,
             resident_bytes=weights + gradients + states,
             num_parameters=sum(p.numel() for p in self._root.parameters() if not nn.parameter.is_lazy(p)),
-            host=held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch),
+            host=self._held(),
             last_step=self._last_step,
             total=self._counters(),
             device=str(self.device),
             emulated=self.is_emulated,
             sees_loop=self._meter.sees_all or not self._owns_root,
             unit_overhead_us=self._engine.overhead_us(),
+            plan=self._tuner.plan,
         )
 
     def _counters(self) -> StepCounters:

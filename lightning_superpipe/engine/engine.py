@@ -22,6 +22,7 @@ from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.census import Probes
+from lightning_superpipe.engine.changeover import change_over
 from lightning_superpipe.engine.follower import TRAIN, Follower
 from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.graph_end import call_at_end
@@ -39,6 +40,7 @@ from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
 from lightning_superpipe.engine.window import Window
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.planning import Action, Op, spread
+from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.tiers import Tier
 
 __all__ = ["Engine", "Window"]
@@ -106,7 +108,6 @@ class Engine:
         self.slots = SlotPool(self.device, num_slots, slot_bytes, poison=window.poison, seed=window.slot_seed)
         self.casts = Casts(self.device)
         self.note_dtypes()
-        self.num_resident = window.num_resident
         keep = spread(range(len(self.units)), window.num_resident)
         self.follower = Follower(len(self.units), num_slots, window.k_prime, keep)
         staging = WireStaging(tier.part("wire", pin=pin))
@@ -223,12 +224,9 @@ class Engine:
 
     # -- steps
 
-    def keep_resident(self, count: int) -> None:
-        """Let as many more units stay on the device, from the next step on."""
-        self.slots.extend(count)
-        num_slots = len(self.slots.slots)
-        self.num_resident += count
-        self.follower.widen(num_slots, spread(range(len(self.units)), self.num_resident))
+    def adopt(self, setting: Setting, order: Sequence[int]) -> None:
+        """Use another setting from the next step on, see :func:`change_over`."""
+        change_over(self, setting, order)
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:

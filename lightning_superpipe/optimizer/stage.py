@@ -56,7 +56,8 @@ class UpdateStage:
         in_thread: False: all parts run at once, when the step is asked for.
 
     Attributes:
-        num_parts: parts of steps that ran in the thread.
+        in_thread: parts run in a thread of their own.
+        num_parts: parts of steps that ran there.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class UpdateStage:
         in_thread: bool = True,
     ) -> None:
         self._engine = engine
-        self._masters, self._in_thread = masters, in_thread
+        self._masters, self.in_thread = masters, in_thread
         self._part = partial(Part, narrowed if masters is None else masters.narrowed)
         self._lane = HostLane("superpipe-update")
         self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
@@ -99,7 +100,7 @@ class UpdateStage:
                 ]
 
     def _note_whole(self, name: str) -> None:
-        if self._in_thread and name not in self._whole:
+        if self.in_thread and name not in self._whole:
             self._whole.add(name)
             warnings.warn(
                 f"{name} is not known to update each parameter by itself: its step runs as a whole.",
@@ -173,7 +174,7 @@ class UpdateStage:
     def _may_start(self, part: Part) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
         optimizer, masters = part.optimizer, self._masters
-        if not self._in_thread or not all(keeps_state(optimizer, member) for member in part.members):
+        if not self.in_thread or not all(keeps_state(optimizer, member) for member in part.members):
             return False
         if masters is not None and not all(masters.has_master(optimizer, each.parameter) for each in part.members):
             return False
@@ -221,7 +222,7 @@ class UpdateStage:
         """Promise that the next backward pass is the last before a step of this optimizer, and that nobody looks at
         gradients in between: each unit may be updated as soon as its gradients are home.
         """
-        if optimizer not in self._hooks or not self._in_thread:
+        if optimizer not in self._hooks or not self.in_thread:
             return
         everything = [
             Member(index, parameter)

@@ -109,7 +109,7 @@ def test_every_part_of_a_step_has_its_time() -> None:
 
 def test_measuring_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(num_timed: int) -> Any:
-        monkeypatch.setattr("lightning_superpipe.session._NUM_TIMED_STEPS", num_timed)
+        monkeypatch.setattr("lightning_superpipe.tuning._NUM_TIMED_STEPS", num_timed)
         model = chain(NUM_BLOCKS, width=WIDTH, dropout=0.2)
         with attach(model, device="cpu", k=2, link=Link(h2d_gb_s=1.0), activations="recompute"):
             return train(model, inputs())

@@ -1,0 +1,255 @@
+"""``auto``: a run begins with a small window, is measured, and changes over to the setting that was chosen for it.
+
+The chosen setting is measured as well. Where a step is slower or larger than predicted, that is said, and the choice is
+made again from the newer measurements; what has been tried once is not tried again.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from humanize import naturalsize
+
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.errors import BudgetError, SuperpipeWarning
+from lightning_superpipe.observe.unit_profile import UnitProfile
+from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
+from lightning_superpipe.planning.workload import Setting
+from lightning_superpipe.profiling import Profiler
+
+__all__ = ["Tuner"]
+
+_NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
+_NUM_TIMED_STEPS = 3
+_MOST_PLANS = 4  # tried in one run
+_TOLERANCE = 1.1  # a step may be so much slower or larger than predicted before that is said
+
+
+class _Outcome(NamedTuple):
+    """What a setting turned out to take."""
+
+    step_s: float
+    peak_bytes: int
+
+
+class Tuner:
+    """Chooses the knobs that the configuration leaves open, between steps of one kind.
+
+    Args:
+        setting: that the run begins with; activation policies count in the order of registration.
+        need: device bytes that were known before the first step.
+        limit: device bytes; None for any number.
+        host_limit: returns the host bytes that all may take.
+        tell: says something to the user.
+
+    Attributes:
+        setting: in force.
+        choice: the last one; None before the first, and where nothing is open.
+        plan: what was told of it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        profiler: Profiler,
+        config: SuperpipeConfig,
+        setting: Setting,
+        *,
+        need: MemoryNeed,
+        limit: int | None,
+        host_limit: Callable[[], int],
+        emulated: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._engine, self._profiler, self._config = engine, profiler, config
+        self._need, self._is_undisturbed = need, False
+        self._limit, self._host_limit, self._emulated, self._tell = limit, host_limit, emulated, tell
+        self.setting = setting
+        self.choice: Choice | None = None
+        self.plan = ""
+        self._order: Sequence[int] = range(len(engine.units))
+        self._since = 0
+        self._num_counted = _NUM_COUNTED_STEPS
+        self._tried: dict[Setting, _Outcome] = {}
+        self._is_over = not self._is_anything_open()
+
+    # -- which steps are measured
+
+    def begin_step(self, index: int, *, is_recorded: bool, is_undisturbed: bool, update: str) -> bool:
+        """A step begins: choose, if all is known by now; return whether its bytes are counted.
+
+        Args:
+            is_recorded: the recorder is needed for something else.
+            is_undisturbed: nobody could write to weights since the last step.
+            update: the kind that this run has.
+        """
+        self._is_undisturbed, self.setting = is_undisturbed, replace(self.setting, update=update)
+        if index == self._timed().stop:
+            self._profiler.end_timing()
+            if not self._is_over:
+                self._decide(index)
+        is_counted = self._since <= index < self._since + self._num_counted or is_recorded
+        self._profiler.begin_step(counts=is_counted, times=index in self._timed())
+        return is_counted
+
+    def _timed(self) -> range:
+        """Steps whose times are taken: behind those that are counted, and not where a recording is wanted."""
+        first, record = self._since + self._num_counted, self._config.record_step
+        if record is not None and first <= record < first + _NUM_TIMED_STEPS:
+            first = record + 1
+        return range(first, first + _NUM_TIMED_STEPS)
+
+    def profile(self) -> UnitProfile | None:
+        """What was measured last; None before."""
+        found = self._profiler.profile(self.setting, emulated=self._emulated)
+        if found is None:
+            return None
+        return replace(found, workload=replace(found.workload, undisturbed=self._is_undisturbed))
+
+    def note_disturbance(self) -> None:
+        """Something else than a step of the kind that is measured runs."""
+        self._profiler.note_disturbance()
+
+    def end_step(self, index: int) -> None:
+        """A step is over, all of it."""
+        self._profiler.end_counting()
+        if index == 0 and self._config.activations == "auto" and self._config.device_memory is not None:
+            self._keep_within_limit()
+
+    def _keep_within_limit(self) -> None:
+        """Let units recompute from the second step on, where the first one's activations were more than allowed."""
+        assert self._limit is not None, "an amount is allowed"
+        took, left = self._profiler.peak.activations, self._limit - self._need.total(self.setting.k)
+        if took <= left:
+            return
+        self._engine.activations.recompute_all()
+        self.setting = replace(self.setting, activations=self._engine.activations.policies())
+        warnings.warn(
+            f"activations took {_size(took)} in the first step, but device_memory leaves {_size(max(left, 0))} for "
+            "them: from now on units recompute theirs in backward. Set activations to 'recompute' to begin with it, or "
+            "to 'keep' to allow more.",
+            SuperpipeWarning,
+            stacklevel=2,
+        )
+
+    def close(self) -> None:
+        """Measure no more."""
+        self._profiler.close()
+
+    # -- what is open
+
+    def _is_anything_open(self) -> bool:
+        asked = self._asked(self._order)
+        return asked.k is None or asked.resident is None or None in asked.activations
+
+    def _asked(self, order: Sequence[int]) -> Asked:
+        config, setting = self._config, self.setting
+        opens_k, has_limit = config.k == "auto", self._limit is not None
+        opens_resident = config.resident == "auto" and (opens_k or config.device_memory is not None)
+        policies = [
+            None if has_limit and self._engine.activations.is_open(unit) else setting.policy(unit) for unit in order
+        ]
+        return Asked(
+            k=None if opens_k else setting.k,
+            k_prime=None if opens_k and config.k_prime == "auto" else setting.k_prime,
+            resident=None if opens_resident else setting.resident,
+            activations=tuple(policies),
+            update=setting.update,
+        )
+
+    # -- the choice
+
+    def _decide(self, index: int) -> None:
+        profile = self.profile()
+        if profile is None:
+            self._is_over = True
+            return
+        self._order = profile.indices
+        self._tried[self.setting] = _Outcome(statistics.median(profile.step_s), profile.peak.total)
+        if self.choice is not None and not self._has_missed(profile, self.choice):
+            self._is_over = True
+            return
+        limits = Limits(self._limit, self._host_limit())
+        try:
+            choice = choose(profile.workload, profile.speeds, limits, self._asked(profile.indices))
+        except BudgetError as error:
+            self._is_over = True
+            warnings.warn(f"no plan was found, the run goes on with k={self.setting.k}: {error}", SuperpipeWarning, 2)
+            return
+        wanted = self._by_registration(choice.setting)
+        if wanted != self.setting and (wanted in self._tried or len(self._tried) >= _MOST_PLANS):
+            self._settle(index)
+            return
+        self.choice = choice
+        self._say(choice.explain())
+        if wanted == self.setting:
+            self._is_over = True
+            self._has_missed(profile, choice)
+        else:
+            self._change(wanted, index)
+
+    def _by_registration(self, setting: Setting) -> Setting:
+        """The same setting with its policies in the order of registration; units that are not used keep theirs."""
+        policies = list(self._engine.activations.policies())
+        for place, unit in enumerate(self._order):
+            policies[unit] = setting.policy(place)
+        return replace(setting, activations=tuple(policies))
+
+    def _has_missed(self, profile: UnitProfile, choice: Choice) -> bool:
+        """Whether steps take more than predicted; if so it is said."""
+        found = []
+        step_s, predicted_s = statistics.median(profile.step_s), choice.prediction.step_s
+        noise_s = max(profile.step_s) - min(profile.step_s)
+        if step_s > _TOLERANCE * predicted_s and step_s - predicted_s > noise_s:
+            found.append(f"a step takes {1e3 * step_s:.4g} ms, {1e3 * predicted_s:.4g} were predicted")
+        took, predicted = profile.peak.total, choice.prediction.peak.total
+        if took > _TOLERANCE * predicted:
+            found.append(f"it takes {_size(took)} on the device, {_size(predicted)} were predicted")
+        elif self._limit is not None and took > self._limit:
+            found.append(f"it takes {_size(took)} on the device, {_size(self._limit)} are allowed")
+        if found:
+            self._tell(f"superpipe: {'; '.join(found)}.")
+        return bool(found)
+
+    def _settle(self, index: int) -> None:
+        """Take the fastest of what was tried that fits, for good."""
+        self._is_over = True
+        fits = {
+            setting: outcome
+            for setting, outcome in self._tried.items()
+            if self._limit is None or outcome.peak_bytes <= self._limit
+        }
+        best = min(fits or self._tried, key=lambda setting: self._tried[setting].step_s)
+        self._say(
+            f"k={best.k}, k_prime={best.k_prime}, {best.resident} resident: the fastest of {len(self._tried)} plans "
+            f"tried, {1e3 * self._tried[best].step_s:.4g} ms a step"
+        )
+        if best != self.setting:
+            self._change(best, index)
+
+    def _change(self, setting: Setting, index: int) -> None:
+        try:
+            self._engine.adopt(setting, self._order)
+        except torch.OutOfMemoryError as error:
+            self._is_over = True
+            self._tell(
+                f"superpipe: the device has no room for {setting.k + setting.resident} slots ({error}); the run goes "
+                f"on with {self.setting.k + self.setting.resident}."
+            )
+            return
+        self.setting, self._since, self._num_counted = setting, index, 1
+
+    def _say(self, plan: str) -> None:
+        self.plan = plan
+        self._tell(f"superpipe: {plan}")
+
+
+def _size(num_bytes: int) -> str:
+    return naturalsize(num_bytes, binary=True)
