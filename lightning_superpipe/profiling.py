@@ -90,6 +90,12 @@ class Profiler:
         """Something else runs between two steps."""
         self._is_followed = False
 
+    def drop(self) -> None:
+        """Forget the steps that are being measured: one has failed."""
+        self.end_timing()
+        self._marks, self._step_s, self._begin_s, self._meter.trail = [], [], 0.0, None
+        self._engine.probes.on_boundary = self._engine.probes.census = None
+
     def close(self) -> None:
         """Measure no more."""
         self._is_timing = False

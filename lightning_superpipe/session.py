@@ -4,37 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from humanize import naturalsize
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.device_memory import device_limit
-from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
-from lightning_superpipe.engine.choices import make_lanes, may_pin, memory_need, wire_of
-from lightning_superpipe.engine.engine import Engine, Window
+from lightning_superpipe.engine.choices import may_pin, memory_need, wire_of
+from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
-from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
-from lightning_superpipe.host_memory import held_bytes, host_need
+from lightning_superpipe.errors import BudgetError, UnsupportedError
+from lightning_superpipe.host_memory import held_bytes, host_need, training_bytes
 from lightning_superpipe.observe.host_bytes import HostBytes, available_bytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.optimizer import FusedChoice, Masters, make_stage, sparsely_differentiated, wants_fused
-from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
+from lightning_superpipe.partition import UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import choose_k, choose_residents
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
+from lightning_superpipe.promotions import report_promotions
+from lightning_superpipe.rewind import Attempts, Undone
 from lightning_superpipe.tiers import HostTier
 from lightning_superpipe.tuning import Tuner
 
@@ -93,7 +92,8 @@ class Session:
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
         self._tier = HostTier(pin=may_pin(config, device) and self._wire.dtype is None)
-        self._engine = self._make_engine(root, found, start, owns_root)
+        scope = self._call_scope if owns_root else None
+        self._engine = make_engine(root, found, start, config, device, tier=self._tier, wire=self._wire, scope=scope)
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
@@ -101,29 +101,11 @@ class Session:
         self._backward_scope = contextlib.ExitStack()
         self._owns_root = owns_root
         self._num_steps = 0
-        self._is_step_open = self._is_in_scope = self._is_counted = self._updates_in_backward = False
+        self._is_step_open = self._is_in_scope = self._is_counted = False
         self._at_step_start = self._last_step = StepCounters()
         self._final_report: Report | None = None
+        self.attempts = Attempts(root, device)
         self.recording: Recording | None = None
-
-    def _make_engine(self, root: nn.Module, found: Partition, start: Setting, owns_root: bool) -> Engine:
-        hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
-        seed = hostile.seed if hostile.shuffle_slots else None
-        window = Window(start.k, start.k_prime, hostile.poison, seed, start.resident)
-        names = [unit.name for unit in found.units]
-        return Engine(
-            root,
-            [(unit.name, unit.module) for unit in found.units],
-            found.anchors,
-            window,
-            lanes=make_lanes(self.config, self.device, hostile),
-            tier=self._tier,
-            pin=may_pin(self.config, self.device),
-            root_scope=self._call_scope if owns_root else None,
-            choices=choose_policies(self.config.activations, names, micro_batches=self.config.micro_batches),
-            micro_batches=self.config.micro_batches,
-            wire=self._wire,
-        )
 
     def _make_tuner(self, start: Setting, limit: int | None, tell: Callable[[str], None]) -> Tuner:
         profiler = Profiler(
@@ -171,9 +153,22 @@ class Session:
             yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
-        with self.step(mode):
+        with self._refusing(mode), self.step(mode):
             is_followed = mode == TRAIN and self._is_counted  # nobody tells us when backward begins
             yield partial(self._meter.follow, since=torch.autograd._get_sequence_nr()) if is_followed else None  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def _refusing(self, mode: str) -> Iterator[None]:
+        """Scope of a forward in a loop whose steps are not ours to repeat."""
+        if mode != TRAIN:
+            yield
+            return
+        self.attempts.begin()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise BudgetError(f"{error} {self.refuse()}") from error
+        self.attempts.end()
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
@@ -183,21 +178,19 @@ class Session:
             self._begin_training_step(is_undisturbed=is_undisturbed)
         else:
             self._tuner.note_disturbance()
-        with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed), self._scope():
-            yield
-        if mode == TRAIN:
-            self._report_promotions()
-
-    @contextlib.contextmanager
-    def _scope(self) -> Iterator[None]:
         self._is_in_scope = True
         try:
-            yield
+            with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed):
+                yield
         finally:
             self._is_in_scope = False
+        if mode == TRAIN:
+            need = self._need.total(self.k + self.num_resident)
+            report_promotions(self._engine.catalog.take_promotions(), need_bytes=need, budget_bytes=self._budget)
 
     def begin_backward(self, *, is_undisturbed: bool) -> None:
         """A backward pass outside :meth:`step` begins; user hooks may have run since the step."""
+        self.attempts.note_backward()
         if not is_undisturbed:
             self._engine.invalidate()
         self._backward_scope.enter_context(self._counting(TRAIN))
@@ -208,21 +201,18 @@ class Session:
 
     def _begin_training_step(self, *, is_undisturbed: bool) -> None:
         is_recorded = self._num_steps == self.config.record_step
-        update = self._kind_of_update()
+        update = "at_once" if self._updates is None else self._updates.kind
         self._is_counted = self._tuner.begin_step(
             self._num_steps, is_recorded=is_recorded, is_undisturbed=is_undisturbed, update=update
         )
+        if self._tuner.is_new and self._updates is not None:
+            self._updates.suspend()  # if the device has no room for this step, it can be repeated
         if is_recorded:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
         self._engine.gradients.on_handed_over = self._meter.leave_out if self._is_counted else None
-
-    def _kind_of_update(self) -> str:
-        if self._updates is None or not self._updates.in_thread:
-            return "at_once"
-        return "in_backward" if self._updates_in_backward else "after_backward"
 
     def _finish_step(self) -> None:
         """Close the books of the training step before, if one is open."""
@@ -241,7 +231,7 @@ class Session:
                 k_prime=self.k_prime,
                 device=str(self.device),
                 emulated=self.is_emulated,
-                resident_bytes=sum(self._training_state()),
+                resident_bytes=sum(training_bytes(self._root, self._optimizers, has_gradients=True)),
                 budget_bytes=self._budget,
             )
 
@@ -254,23 +244,35 @@ class Session:
     def _counting(self, mode: str) -> contextlib.AbstractContextManager[None]:
         return self._meter.counting() if mode == TRAIN and self._is_counted else contextlib.nullcontext()
 
-    def _report_promotions(self) -> None:
-        promotions = self._engine.catalog.take_promotions()
-        if not promotions:
-            return
-        num_bytes = sum(promotion.num_bytes for promotion in promotions)
-        names = ", ".join(sorted({promotion.unit_name for promotion in promotions})[:8])
-        message = (
-            f"{len(promotions)} parameters ({naturalsize(num_bytes, binary=True)}) of units {names} are read outside "
-            f"their unit (by {promotions[0].function}): from now on they have a permanent copy on the device."
-        )
-        extra = self._need.total(self.k + self.num_resident) + num_bytes
-        if self._budget is not None and extra > self._budget:
-            raise BudgetError(
-                f"{message} That makes {naturalsize(extra, binary=True)}, but device_memory allows "
-                f"{naturalsize(self._budget, binary=True)}. Read them inside a module's own forward, or allow more."
-            )
-        warnings.warn(message, SuperpipeWarning, stacklevel=2)
+    # -- out of memory
+
+    def _undo(self, *, whole_step: bool) -> Undone:
+        """What was attempted has failed: let all be as before it."""
+        updated = self._updates.suspend() if self._updates is not None else []
+        self.abort()
+        self._is_counted = False
+        if self._is_step_open:
+            self._is_step_open, self._num_steps, self._meter.recorder = False, self._num_steps - 1, None
+        undone = self.attempts.restore(updated, whole_step=whole_step)
+        self._engine.invalidate()
+        return undone
+
+    def fall_back(self, reason: str) -> None:
+        """The device had no room for the step that was attempted: undo it, and take the next smaller plan.
+
+        Args:
+            reason: what the device said.
+
+        Raises:
+            BudgetError: there is none, or the step cannot be repeated exactly.
+        """
+        self._undo(whole_step=False).require_repeatable(reason)
+        self._tuner.fall_back(self._num_steps, reason)
+
+    def refuse(self) -> str:
+        """The device had no room for a step that is not ours to repeat: undo it, and say so."""
+        self._undo(whole_step=True)
+        return self._tuner.refusal()
 
     # -- what front ends ask
 
@@ -310,8 +312,11 @@ class Session:
 
     def updating_in_backward(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
         """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
-        self._updates_in_backward = True
-        return contextlib.nullcontext() if self._updates is None else self._updates.announced(optimizer)
+        return (
+            contextlib.nullcontext()
+            if self._updates is None or self._tuner.is_new
+            else self._updates.announced(optimizer)
+        )
 
     def streams(self, model: nn.Module) -> bool:
         """Whether this is the session of a module."""
@@ -337,7 +342,16 @@ class Session:
             self._updates.close()
         self._final_report = self.report()
         self._engine.close()
-        del self._updates, self._engine, self._meter, self._tuner, self._root, self._optimizers, self._tier
+        del (
+            self._updates,
+            self._engine,
+            self._meter,
+            self._tuner,
+            self._root,
+            self._optimizers,
+            self._tier,
+            self.attempts,
+        )
 
     # -- report
 
@@ -351,7 +365,7 @@ class Session:
         if not peak.total:
             slots = num_slots * self._need.slot_bytes
             peak = peak._replace(slots=slots, anchors=static - slots)
-        weights, gradients, states = self._training_state()
+        ordinary = training_bytes(self._root, self._optimizers, has_gradients=self._num_steps > 0)
         return Report(
             k=self.k,
             k_prime=self.k_prime,
@@ -359,7 +373,7 @@ class Session:
             num_units=len(self._engine.units),
             num_steps=self._num_steps,
             peak=peak,
-            resident_bytes=weights + gradients + states,
+            resident_bytes=sum(ordinary),
             num_parameters=sum(p.numel() for p in self._root.parameters() if not nn.parameter.is_lazy(p)),
             host=self._held(),
             last_step=self._last_step,
@@ -384,18 +398,3 @@ class Session:
     def _static_bytes(self) -> tuple[int, int]:
         anchors = self._engine.anchors.num_bytes if self._engine.anchors.have_copies else self._need.anchor_bytes
         return self._engine.slots.num_bytes, anchors
-
-    def _training_state(self) -> tuple[int, int, int]:
-        """Bytes of weights, gradients and optimizer states of the whole model."""
-        parameters = [p for p in self._root.parameters() if not nn.parameter.is_lazy(p)]
-        weights = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in self._root.buffers())
-        gradients = sum(p.nbytes for p in parameters if p.requires_grad) if self._num_steps else 0
-        states = (
-            value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state)
-        )
-        return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
-
-
-def _values(state: Any) -> list[Any]:
-    """What an optimizer keeps for one parameter; most keep a dict."""
-    return list(state.values()) if isinstance(state, dict) else [state]

@@ -21,6 +21,7 @@ from lightning_superpipe.errors import BudgetError, SuperpipeWarning
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
+from lightning_superpipe.planning.fall_back import smaller
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
 
@@ -75,7 +76,8 @@ class Tuner:
         self.choice: Choice | None = None
         self.plan = ""
         self._order: Sequence[int] = range(len(engine.units))
-        self._since = 0
+        self._since = self._next = 0
+        self._has_fallen_back = False
         self._num_counted = _NUM_COUNTED_STEPS
         self._tried: dict[Setting, _Outcome] = {}
         self._is_over = not self._is_anything_open()
@@ -90,6 +92,8 @@ class Tuner:
             is_undisturbed: nobody could write to weights since the last step.
             update: the kind that this run has.
         """
+        self._has_fallen_back = self._has_fallen_back and index == self._since
+        self._next = index
         self._is_undisturbed, self.setting = is_undisturbed, replace(self.setting, update=update)
         if index == self._timed().stop:
             self._profiler.end_timing()
@@ -246,9 +250,61 @@ class Tuner:
             return
         self.setting, self._since, self._num_counted = setting, index, 1
 
+    # -- out of memory
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the step that has begun is the first under the setting in force, which is not the run's first."""
+        return 0 < self._since == self._next or self._has_fallen_back
+
+    def fall_back(self, index: int, reason: str) -> None:
+        """The device had no room for a step: use the next smaller setting from this one on.
+
+        Raises:
+            BudgetError: none is left; the message says what was tried, and what to do.
+        """
+        self._profiler.drop()
+        activations, config = self._engine.activations, self._config
+        units = range(len(self._engine.units))
+        can = [unit for unit in units if activations.is_open(unit) and "recompute" in activations.possible(unit)]
+        setting = smaller(
+            self.setting,
+            opens_k=config.k == "auto",
+            opens_resident=config.resident == "auto",
+            may_recompute=can,
+            num_units=len(units),
+        )
+        if setting is None:
+            raise BudgetError(
+                f"the device has no room for a training step with {_knobs(self.setting)}: {reason} The step has not "
+                "happened: weights, buffers and random numbers are those of the last finished one. Take a smaller "
+                "batch, mark smaller units (units=...), or leave k, resident and activations to 'auto'."
+            )
+        self._is_over = self._is_over or self.choice is not None
+        self._tell(
+            f"superpipe: the device had no room for a step with {_knobs(self.setting)} ({reason}); it is repeated with "
+            f"{_knobs(setting)}."
+        )
+        self._engine.adopt(setting, self._order)
+        self.setting, self._since, self._num_counted = setting, index, _NUM_COUNTED_STEPS
+        self._has_fallen_back = True
+
+    def refusal(self) -> str:
+        """Return what to say of a step that cannot be repeated."""
+        return (
+            f"The device had no room for this step with {_knobs(self.setting)}. Only whole steps of Lightning's "
+            "automatic optimization are repeated under a smaller plan; what this one has changed is undone. Take a "
+            "smaller batch, a smaller k, activations='recompute', or device_memory to plan for less."
+        )
+
     def _say(self, plan: str) -> None:
         self.plan = plan
         self._tell(f"superpipe: {plan}")
+
+
+def _knobs(setting: Setting) -> str:
+    policies = set(setting.activations) or {"keep"}
+    return f"k={setting.k}, {setting.resident} resident, activations {' and '.join(sorted(policies))}"
 
 
 def _size(num_bytes: int) -> str:

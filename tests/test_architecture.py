@@ -32,12 +32,14 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"errors", "config", "planning", "tiers", "observe", "partition"},
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
     "host_memory": {"errors", "planning", "tiers", "observe", "engine", "optimizer"},
+    "rewind": {"errors"},
+    "promotions": {"errors", "engine"},
     "device_memory": {"errors", "config", "observe"},
     "tuning": {"errors", "config", "planning", "observe", "engine", "profiling"},
     "profiling": {"errors", "planning", "observe", "engine"},
     "session": {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
-        *("device_memory", "profiling", "tuning"),
+        *("device_memory", "profiling", "promotions", "rewind", "tuning"),
     },
     "adapters": {"session", "config", "errors", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming

@@ -77,10 +77,18 @@ class UpdateStage:
         self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
         self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
         self._announced: Announced | None = None
+        self._has_announced = False
         self._once: set[int] = set()
         self._whole: set[str] = set()
         self.num_parts = 0
         settle_before_forks()
+
+    @property
+    def kind(self) -> str:
+        """When units are updated, as the option ``update`` names it."""
+        if not self.in_thread:
+            return "at_once"
+        return "in_backward" if self._has_announced else "after_backward"
 
     # -- whose steps
 
@@ -224,6 +232,7 @@ class UpdateStage:
         """
         if optimizer not in self._hooks or not self.in_thread:
             return
+        self._has_announced = True
         everything = [
             Member(index, parameter)
             for index, group in enumerate(optimizer.param_groups)
@@ -239,6 +248,14 @@ class UpdateStage:
         for index in updated:
             self._engine.units[index].settle()
         return [self._engine.units[index].name for index in sorted(updated)]
+
+    def suspend(self) -> list[str]:
+        """Start no parts before the step that is announced; return the names of units updated already."""
+        self._engine.gradients.on_home = None
+        if self._announced is None:
+            return []
+        self._announced.home.clear()
+        return [self._engine.units[index].name for index in sorted(self._announced.updated)]
 
     def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, Part]:
         """The backward pass is over, and with it the gradients are complete; return what has been updated."""
