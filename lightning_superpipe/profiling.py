@@ -6,6 +6,7 @@ time itself. No step waits for the device: spans are read when all of them are o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -68,23 +69,27 @@ class Profiler:
             counts: its bytes are counted.
             times: it is one of those whose times are taken; the first that is not ends that.
         """
-        if self._is_timing:
-            self._close_mark()
-        if times and not self._is_timing:
-            self._begin_timing()
-        elif not times:
+        if not times:
             self.end_timing()
+        elif self._is_timing:
+            self._close_mark()
+        else:
+            self._begin_timing()
         if times:
             self._begin_s, self._home_s, self._update_s, self._is_followed = now(), 0.0, 0.0, True
         if counts:
             self._begin_counting()
         self._engine.probes.on_boundary = self._note_boundary if counts or times else None
 
+    def note_home(self) -> None:
+        """Gradients of the step are home; where nothing is trained, its forward has been issued."""
+        self._home_s = now()
+
     def _note_boundary(self, name: str, unit: int) -> None:
         if self._meter.trail is not None:
             self._meter.sample(name, unit)
         if name == "home":
-            self._home_s = now()
+            self.note_home()
 
     def note_disturbance(self) -> None:
         """Something else runs between two steps."""
@@ -140,13 +145,14 @@ class Profiler:
     def _close_mark(self) -> None:
         if self._begin_s and self._home_s:
             self._marks.append(StepMark(self._begin_s, self._home_s, self._update_s, self._is_followed))
-            if self._is_followed:
-                self._step_s.append(now() - self._begin_s)
+            end_s = now() if self._is_followed else self._home_s + self._update_s  # else something else ran behind it
+            self._step_s.append(end_s - self._begin_s)
         self._begin_s = 0.0
 
     def end_timing(self) -> None:
-        """Stop recording, if that goes on."""
+        """Stop recording, if that goes on; the step behind the last one begins."""
         if self._is_timing:
+            self._close_mark()
             self._spans = self._engine.lanes.stop_recording().spans()
             self._is_timing = False
             for hook in self._hooks:
@@ -173,7 +179,8 @@ class Profiler:
         """
         if not self._marks or not self._spans:
             return None
-        times = unit_times(self._spans, self._marks)
+        # The host may be far ahead of a device that computes forwards only: they are taken together.
+        times = unit_times(self._spans, self._marks if self._trains else [StepMark(self._marks[0].begin_s, math.inf)])
         if not times.order:
             return None
         held = self._held or [Held()] * len(self._engine.units)

@@ -13,7 +13,11 @@ from torch import nn
 
 from lightning_superpipe.errors import BudgetError
 
-__all__ = ["Attempts", "Rewind", "Undone"]
+__all__ = ["Attempts", "OutOfDeviceMemory", "Rewind", "Undone"]
+
+
+class OutOfDeviceMemory(BudgetError, torch.OutOfMemoryError):
+    """The device has no room for a step that cannot be repeated with less; whoever catches torch's error meets it."""
 
 
 class Undone(NamedTuple):
@@ -36,18 +40,18 @@ class Undone(NamedTuple):
         """Raise unless the step can be run again as if nothing had happened.
 
         Raises:
-            BudgetError: it cannot; says why, and what to do.
+            OutOfDeviceMemory: it cannot; says why, and what to do.
         """
         advice = "Take a smaller batch, or allow less on the device: a smaller k or resident, activations='recompute'."
         if self.updated:
-            raise BudgetError(
+            raise OutOfDeviceMemory(
                 f"the device ran out of memory in backward: {reason} {len(self.updated)} units had been updated by "
                 f"then ({self.updated[0]!r} first), so the step cannot be repeated, and weights are not those of a "
                 f"finished step: go on from the last checkpoint. {advice} With update='after_backward' it could have "
                 "been."
             )
         if self.had_gradients:
-            raise BudgetError(
+            raise OutOfDeviceMemory(
                 f"the device ran out of memory in backward: {reason} Gradients of earlier batches had been there, and "
                 "some have been added to, so the step cannot be repeated exactly. Weights, buffers and random numbers "
                 f"are those of the last finished step, gradients are gone. {advice}"

@@ -20,7 +20,7 @@ from lightning_superpipe.engine.choices import may_pin, memory_need, wire_of
 from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
-from lightning_superpipe.errors import BudgetError, UnsupportedError
+from lightning_superpipe.errors import UnsupportedError
 from lightning_superpipe.host_memory import held_bytes, host_need, training_bytes
 from lightning_superpipe.observe.host_bytes import HostBytes, available_bytes
 from lightning_superpipe.observe.meter import Meter
@@ -33,7 +33,7 @@ from lightning_superpipe.planning.budget import choose_k, choose_residents
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
 from lightning_superpipe.promotions import report_promotions
-from lightning_superpipe.rewind import Attempts, Undone
+from lightning_superpipe.rewind import Attempts, OutOfDeviceMemory, Undone
 from lightning_superpipe.tiers import HostTier
 from lightning_superpipe.tuning import Tuner
 
@@ -120,6 +120,7 @@ class Session:
             profiler,
             self.config,
             replace(start, activations=self._engine.activations.policies()),
+            trains=self.trains,
             need=self._need,
             limit=limit,
             host_limit=self._host_limit,
@@ -153,21 +154,18 @@ class Session:
             yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
-        with self._refusing(mode), self.step(mode):
+        with self._refusing() if mode == TRAIN else contextlib.nullcontext(), self.step(mode):
             is_followed = mode == TRAIN and self._is_counted  # nobody tells us when backward begins
             yield partial(self._meter.follow, since=torch.autograd._get_sequence_nr()) if is_followed else None  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
-    def _refusing(self, mode: str) -> Iterator[None]:
+    def _refusing(self) -> Iterator[None]:
         """Scope of a forward in a loop whose steps are not ours to repeat."""
-        if mode != TRAIN:
-            yield
-            return
         self.attempts.begin()
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise BudgetError(f"{error} {self.refuse()}") from error
+            raise OutOfDeviceMemory(f"{error} {self.refuse()}") from error
         self.attempts.end()
 
     @contextlib.contextmanager
@@ -177,14 +175,16 @@ class Session:
         if mode == TRAIN:
             self._begin_training_step(is_undisturbed=is_undisturbed)
         else:
-            self._tuner.note_disturbance()
+            self._is_counted = self._tuner.begin_pass(is_undisturbed=is_undisturbed)
         self._is_in_scope = True
         try:
-            with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed):
+            with self._counting(), self._engine.step(mode, is_undisturbed=is_undisturbed):
                 yield
         finally:
             self._is_in_scope = False
-        if mode == TRAIN:
+        if mode != TRAIN:
+            self._tuner.end_pass()
+        else:
             need = self._need.total(self.k + self.num_resident)
             report_promotions(self._engine.catalog.take_promotions(), need_bytes=need, budget_bytes=self._budget)
 
@@ -193,7 +193,7 @@ class Session:
         self.attempts.note_backward()
         if not is_undisturbed:
             self._engine.invalidate()
-        self._backward_scope.enter_context(self._counting(TRAIN))
+        self._backward_scope.enter_context(self._counting())
 
     def end_backward(self) -> None:
         """The backward pass is over."""
@@ -241,8 +241,8 @@ class Session:
             return self._final_profile
         return self._tuner.profile()
 
-    def _counting(self, mode: str) -> contextlib.AbstractContextManager[None]:
-        return self._meter.counting() if mode == TRAIN and self._is_counted else contextlib.nullcontext()
+    def _counting(self) -> contextlib.AbstractContextManager[None]:
+        return self._meter.counting() if self._is_counted else contextlib.nullcontext()
 
     # -- out of memory
 
@@ -264,7 +264,7 @@ class Session:
             reason: what the device said.
 
         Raises:
-            BudgetError: there is none, or the step cannot be repeated exactly.
+            OutOfDeviceMemory: there is none, or the step cannot be repeated exactly.
         """
         self._undo(whole_step=False).require_repeatable(reason)
         self._tuner.fall_back(self._num_steps, reason)

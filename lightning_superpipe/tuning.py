@@ -21,16 +21,17 @@ from lightning_superpipe.errors import BudgetError, SuperpipeWarning
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
+from lightning_superpipe.planning.compare import missed
 from lightning_superpipe.planning.fall_back import smaller
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
+from lightning_superpipe.rewind import OutOfDeviceMemory
 
 __all__ = ["Tuner"]
 
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 _NUM_TIMED_STEPS = 3
 _MOST_PLANS = 4  # tried in one run
-_TOLERANCE = 1.1  # a step may be so much slower or larger than predicted before that is said
 
 
 class _Outcome(NamedTuple):
@@ -45,6 +46,7 @@ class Tuner:
 
     Args:
         setting: that the run begins with; activation policies count in the order of registration.
+        trains: training steps are measured; else passes of evaluation are.
         need: device bytes that were known before the first step.
         limit: device bytes; None for any number.
         host_limit: returns the host bytes that all may take.
@@ -63,6 +65,7 @@ class Tuner:
         config: SuperpipeConfig,
         setting: Setting,
         *,
+        trains: bool,
         need: MemoryNeed,
         limit: int | None,
         host_limit: Callable[[], int],
@@ -71,6 +74,7 @@ class Tuner:
     ) -> None:
         self._engine, self._profiler, self._config = engine, profiler, config
         self._need, self._is_undisturbed = need, False
+        self._trains, self._num_passes = trains, 0
         self._limit, self._host_limit, self._emulated, self._tell = limit, host_limit, emulated, tell
         self.setting = setting
         self.choice: Choice | None = None
@@ -78,6 +82,7 @@ class Tuner:
         self._order: Sequence[int] = range(len(engine.units))
         self._since = self._next = 0
         self._has_fallen_back = False
+        self._measured: UnitProfile | None = None
         self._num_counted = _NUM_COUNTED_STEPS
         self._tried: dict[Setting, _Outcome] = {}
         self._is_over = not self._is_anything_open()
@@ -97,6 +102,7 @@ class Tuner:
         self._is_undisturbed, self.setting = is_undisturbed, replace(self.setting, update=update)
         if index == self._timed().stop:
             self._profiler.end_timing()
+            self._measured = self._measure()
             if not self._is_over:
                 self._decide(index)
         is_counted = self._since <= index < self._since + self._num_counted or is_recorded
@@ -112,14 +118,29 @@ class Tuner:
 
     def profile(self) -> UnitProfile | None:
         """What was measured last; None before."""
+        return self._measured
+
+    def _measure(self) -> UnitProfile | None:
         found = self._profiler.profile(self.setting, emulated=self._emulated)
         if found is None:
             return None
         return replace(found, workload=replace(found.workload, undisturbed=self._is_undisturbed))
 
-    def note_disturbance(self) -> None:
-        """Something else than a step of the kind that is measured runs."""
-        self._profiler.note_disturbance()
+    def begin_pass(self, *, is_undisturbed: bool) -> bool:
+        """A pass without training begins: measure it where nothing else will run; return whether bytes are counted."""
+        if self._trains or self._is_over:
+            self._profiler.note_disturbance()
+            return False
+        self._num_passes += 1
+        return self.begin_step(
+            self._num_passes - 1, is_recorded=False, is_undisturbed=is_undisturbed, update=self.setting.update
+        )
+
+    def end_pass(self) -> None:
+        """It is over."""
+        if not self._trains:
+            self._profiler.note_home()
+            self._profiler.end_counting()
 
     def end_step(self, index: int) -> None:
         """A step is over, all of it."""
@@ -155,8 +176,9 @@ class Tuner:
 
     def _asked(self, order: Sequence[int]) -> Asked:
         config, setting = self._config, self.setting
-        opens_k, has_limit = config.k == "auto", self._limit is not None
-        opens_resident = config.resident == "auto" and (opens_k or config.device_memory is not None)
+        opens_k = config.k == "auto"
+        has_limit = config.device_memory is not None or (opens_k and self._limit is not None)
+        opens_resident = config.resident == "auto" and (opens_k or has_limit)
         policies = [
             None if has_limit and self._engine.activations.is_open(unit) else setting.policy(unit) for unit in order
         ]
@@ -171,7 +193,7 @@ class Tuner:
     # -- the choice
 
     def _decide(self, index: int) -> None:
-        profile = self.profile()
+        profile = self._measured
         if profile is None:
             self._is_over = True
             return
@@ -208,18 +230,9 @@ class Tuner:
 
     def _has_missed(self, profile: UnitProfile, choice: Choice) -> bool:
         """Whether steps take more than predicted; if so it is said."""
-        found = []
-        step_s, predicted_s = statistics.median(profile.step_s), choice.prediction.step_s
-        noise_s = max(profile.step_s) - min(profile.step_s)
-        if step_s > _TOLERANCE * predicted_s and step_s - predicted_s > noise_s:
-            found.append(f"a step takes {1e3 * step_s:.4g} ms, {1e3 * predicted_s:.4g} were predicted")
-        took, predicted = profile.peak.total, choice.prediction.peak.total
-        if took > _TOLERANCE * predicted:
-            found.append(f"it takes {_size(took)} on the device, {_size(predicted)} were predicted")
-        elif self._limit is not None and took > self._limit:
-            found.append(f"it takes {_size(took)} on the device, {_size(self._limit)} are allowed")
+        found = "; ".join(missed(profile.step_s, profile.peak.total, choice.prediction, self._limit))
         if found:
-            self._tell(f"superpipe: {'; '.join(found)}.")
+            self._tell(f"superpipe: {found}.")
         return bool(found)
 
     def _settle(self, index: int) -> None:
@@ -261,7 +274,7 @@ class Tuner:
         """The device had no room for a step: use the next smaller setting from this one on.
 
         Raises:
-            BudgetError: none is left; the message says what was tried, and what to do.
+            OutOfDeviceMemory: none is left; the message says what was tried, and what to do.
         """
         self._profiler.drop()
         activations, config = self._engine.activations, self._config
@@ -275,7 +288,7 @@ class Tuner:
             num_units=len(units),
         )
         if setting is None:
-            raise BudgetError(
+            raise OutOfDeviceMemory(
                 f"the device has no room for a training step with {_knobs(self.setting)}: {reason} The step has not "
                 "happened: weights, buffers and random numbers are those of the last finished one. Take a smaller "
                 "batch, mark smaller units (units=...), or leave k, resident and activations to 'auto'."

@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "rewind": {"errors"},
     "promotions": {"errors", "engine"},
     "device_memory": {"errors", "config", "observe"},
-    "tuning": {"errors", "config", "planning", "observe", "engine", "profiling"},
+    "tuning": {"errors", "config", "planning", "observe", "engine", "profiling", "rewind"},
     "profiling": {"errors", "planning", "observe", "engine"},
     "session": {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),

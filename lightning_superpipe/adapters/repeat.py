@@ -21,7 +21,7 @@ def repeated_if_too_large(session: Session, closure: Callable[[], Any], module: 
     """Run a closure, again with less on the device where that had no room for it.
 
     Raises:
-        BudgetError: no smaller plan is left, or the step cannot be repeated exactly.
+        OutOfDeviceMemory: no smaller plan is left, or the step cannot be repeated exactly.
     """
     while True:
         session.attempts.begin()

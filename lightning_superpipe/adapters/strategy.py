@@ -152,7 +152,7 @@ class SuperpipeMixin(OneDeviceMixin):
             self._last_session, self._session = self._session, None
 
     def on_exception(self, exception: BaseException) -> None:
-        if self._session is not None and isinstance(exception, torch.OutOfMemoryError):
+        if self._session is not None and type(exception) is torch.OutOfMemoryError:
             exception.add_note(self._session.refuse())
         elif self._session is not None:
             self._session.abort()

@@ -86,7 +86,12 @@ class SlotPool:
 
     def _allocate(self) -> Tensor:
         with torch.inference_mode(False):
-            buffer = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+            try:
+                buffer = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+            except RuntimeError as error:
+                if self.device.type != "cpu":
+                    raise
+                raise torch.OutOfMemoryError(str(error).partition("\n")[0]) from error  # what devices raise
             return buffer.fill_(255) if self._poison else buffer
 
     @property
