@@ -118,11 +118,15 @@ class SuperpipeConfig:
     """What to stream and how.
 
     Attributes:
-        k: most units on the device at once, those in flight included; ``"auto"`` takes a small window that fits.
-        resident: units that stay on the device beside those ``k``, evenly spread; ``"auto"`` keeps as many as fit into
-            what ``device_memory`` leaves after two steps, activations counted, and none without ``device_memory``.
+        k: most units on the device at once, those in flight included; ``"auto"`` begins with a small window, measures
+            five steps and changes over to what is fastest within ``device_memory`` and ``host_memory``.
+        resident: units that stay on the device beside those ``k``, evenly spread; ``"auto"`` keeps what pays within
+            ``device_memory``, after the same steps; where ``k`` is given, none without ``device_memory``.
         k_prime: units moved per transfer, ``1 <= k_prime <= k``; only ``k_prime < k`` overlaps copies with compute.
-        device_memory: bytes that the plan may use on the device (``"8GiB"`` or an integer); None sets no limit.
+            ``"auto"`` is chosen together with ``k``, and is 1 where ``k`` is given.
+        device_memory: bytes that the plan may use on the device (``"8GiB"`` or an integer); ``"free"`` takes what is
+            free there when the run begins, but for a margin. None refuses nothing: where ``k`` is ``"auto"``, what an
+            accelerator has free limits the choice.
         host_memory: bytes that weights, gradients, optimizer states and staging may take on the host together; None
             takes what the machine has available. A run that needs more is refused before anything is allocated.
         wire_dtype: dtype in which parameters cross the link, lie in slots and compute (``"bfloat16"`` or
@@ -136,8 +140,8 @@ class SuperpipeConfig:
         units: class names, module names or patterns, or a callable ``(name, module) -> bool`` that marks the units;
             None finds them.
         activations: what becomes of the activations that autograd saves inside units: ``"keep"``, ``"recompute"`` (in
-            backward), ``"offload"`` (to the host and back), or ``"auto"``: keep, but recompute from the second step on
-            where the first exceeded ``device_memory``. Or a mapping of unit names or patterns to these, of which the
+            backward), ``"offload"`` (to the host and back), or ``"auto"``: keep, but what pays where that exceeds
+            ``device_memory``. Or a mapping of unit names or patterns to these, of which the
             first that matches counts: ``{"h.*": "recompute", "*": "keep"}``; units that none matches keep.
         micro_batches: parts that each batch is split into inside the units that recompute, so that weights cross the
             link once for all of them; above 1 ``"auto"`` means recompute, and sums are taken in another order.
@@ -166,7 +170,7 @@ class SuperpipeConfig:
     """
 
     k: int | Auto = "auto"
-    k_prime: int = 1
+    k_prime: int | Auto = "auto"
     resident: int | Auto = "auto"
     device_memory: int | str | None = None
     host_memory: int | str | None = None
@@ -184,10 +188,11 @@ class SuperpipeConfig:
     adversary: Adversary | None = None
 
     def __post_init__(self) -> None:
-        _check_count("k_prime", self.k_prime)
+        if self.k_prime != "auto":
+            _check_count("k_prime", self.k_prime, also="'auto'")
         if self.k != "auto":
             _check_count("k", self.k, also="'auto'")
-            if self.k_prime > int(self.k):
+            if self.k_prime != "auto" and self.k_prime > self.k:
                 raise ConfigError(
                     f"k_prime={self.k_prime} is larger than k={self.k}: at most k units are on the device, so at most "
                     f"k can move at once. Use 1 <= k_prime <= {self.k}."
@@ -212,7 +217,7 @@ class SuperpipeConfig:
             if not isinstance(getattr(self, name), nested | None):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: a mapping of {_names(nested)} is allowed, or null.")
         for name in ("device_memory", "host_memory"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and (name, getattr(self, name)) != ("device_memory", "free"):
                 object.__setattr__(self, name, parse_bytes(getattr(self, name)))
 
     @classmethod

@@ -18,7 +18,7 @@ from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.host_budget import HostNeed
 from lightning_superpipe.tiers import Tier
 
-__all__ = ["held_bytes", "host_need"]
+__all__ = ["held_bytes", "host_need", "training_bytes"]
 
 _MASTER_BYTES = torch.float32.itemsize
 
@@ -75,6 +75,14 @@ def held_bytes(root: nn.Module, optimizers: Iterable[Optimizer], tier: Tier, *, 
         gradients=_with_strays(tier.part("gradients"), gradients),
         states=storage_bytes(_state_tensors(optimizers)),
     )
+
+
+def training_bytes(root: nn.Module, optimizers: Iterable[Optimizer], *, has_gradients: bool) -> tuple[int, int, int]:
+    """Return the bytes of a whole model's weights, gradients and optimizer states, as an ordinary run holds them."""
+    parameters = [parameter for parameter in root.parameters() if not nn.parameter.is_lazy(parameter)]
+    weights = sum(tensor.nbytes for tensor in (*parameters, *root.buffers()))
+    gradients = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad) if has_gradients else 0
+    return weights, gradients, sum(tensor.nbytes for tensor in _state_tensors(optimizers))
 
 
 def _with_strays(tier: Tier, tensors: Sequence[Tensor]) -> int:

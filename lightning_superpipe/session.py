@@ -3,47 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from humanize import naturalsize
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.config import Adversary, SuperpipeConfig
-from lightning_superpipe.engine.activations import choose_policies
+from lightning_superpipe.accounts import counters_of, make_report, static_bytes
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.device_memory import device_limit
 from lightning_superpipe.engine.backend import is_separate
-from lightning_superpipe.engine.choices import make_lanes, memory_need, wire_of
-from lightning_superpipe.engine.engine import Engine, Window
+from lightning_superpipe.engine.choices import may_pin, memory_need, wire_of
+from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
-from lightning_superpipe.engine.swap import owner_of
-from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
-from lightning_superpipe.host_memory import held_bytes, host_need
-from lightning_superpipe.observe.host_bytes import available_bytes
+from lightning_superpipe.engine.swap import refuse_streamed
+from lightning_superpipe.errors import UnsupportedError
+from lightning_superpipe.host_memory import held_bytes, host_need, training_bytes
+from lightning_superpipe.observe.host_bytes import HostBytes, available_bytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.optimizer import (
     DeviceUpdates,
     FusedChoice,
     Masters,
-    make_share_choice,
     make_stage,
     sparsely_differentiated,
+    use_chosen_share,
     wants_fused,
 )
-from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
+from lightning_superpipe.partition import UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import choose_k, choose_residents, refuse_updates
+from lightning_superpipe.planning.workload import Setting
+from lightning_superpipe.profiling import Profiler
+from lightning_superpipe.promotions import report_promotions
+from lightning_superpipe.rewind import Attempts, OutOfDeviceMemory, Undone
 from lightning_superpipe.tiers import HostTier
+from lightning_superpipe.tuning import Tuner
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
-_MARGIN = 10  # a tenth more activations than measured
-_NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
+_log = logging.getLogger("lightning_superpipe")
 
 
 class Session:
@@ -55,6 +60,7 @@ class Session:
         trains: gradients will come; evaluation needs no room for them.
         owns_root: the root itself is called (not only its parts): each call outside :meth:`step` is a step by itself.
         optimizers: those that are known already; :meth:`attend` is called with all.
+        tell: says something to the user; None logs it.
 
     Raises:
         PartitionError, UnsupportedError: the module cannot be streamed, or not as asked, or streams already.
@@ -70,9 +76,10 @@ class Session:
         trains: bool,
         owns_root: bool = False,
         optimizers: Iterable[Optimizer] = (),
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.config, self.device, self.trains = config, device, trains
-        _refuse_streamed(root)
+        refuse_streamed(root)
         if config.update == "in_backward" and owns_root:
             raise UnsupportedError(
                 "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
@@ -82,48 +89,64 @@ class Session:
         found = partition(root, config.units)
         self._wire = wire_of(root, config)
         need = memory_need(root, found, self._wire, trains=trains)
-        budget = config.device_memory if isinstance(config.device_memory, int) else None
-        self.k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=config.k_prime)
-        self.k_prime = min(config.k_prime, self.k)
-        asked = 0 if config.resident == "auto" else config.resident
-        self.num_resident = choose_residents(asked, self.k, need, budget, need.total(self.k))
-        self.units: UnitTable = unit_table(root, found, k=self.k)
+        limit = device_limit(config, device)
+        budget = None if config.device_memory is None else limit
+        k_prime = 1 if config.k_prime == "auto" else config.k_prime
+        k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
+        resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
+        start = Setting(k, min(k_prime, k), resident)
+        self.units: UnitTable = unit_table(root, found, k=k)
         self._need, self._budget, self._root = need, budget, root
         self._optimizers = list(optimizers)
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
-        self._tier = HostTier(pin=_may_pin(config, device) and self._wire.dtype is None)
-        self._engine = self._make_engine(root, found, owns_root)
+        self._tier = HostTier(pin=may_pin(config, device) and self._wire.dtype is None)
+        scope = self._call_scope if owns_root else None
+        self._engine = make_engine(root, found, start, config, device, tier=self._tier, wire=self._wire, scope=scope)
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters)
-        self._share = make_share_choice(self._engine, config, self._updates, first=_NUM_COUNTED_STEPS)
+        self._is_share_chosen = config.update_on_device != "auto"
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
+        self._tuner = self._make_tuner(start, limit, tell or _log.info)
         self._backward_scope = contextlib.ExitStack()
         self._owns_root = owns_root
-        self._num_steps = self._added_bytes = 0
-        self._is_step_open = self._is_in_scope = False
+        self._num_steps = 0
+        self._is_step_open = self._is_in_scope = self._is_counted = False
         self._at_step_start = self._last_step = StepCounters()
         self._final_report: Report | None = None
+        self.attempts = Attempts(root, device)
         self.recording: Recording | None = None
 
-    def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
-        hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
-        seed = hostile.seed if hostile.shuffle_slots else None
-        window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident)
-        names = [unit.name for unit in found.units]
-        return Engine(
-            root,
-            [(unit.name, unit.module) for unit in found.units],
-            found.anchors,
-            window,
-            lanes=make_lanes(self.config, self.device, hostile),
-            tier=self._tier,
-            pin=_may_pin(self.config, self.device),
-            root_scope=self._call_scope if owns_root else None,
-            choices=choose_policies(self.config.activations, names, micro_batches=self.config.micro_batches),
-            micro_batches=self.config.micro_batches,
-            wire=self._wire,
+    def _make_tuner(self, start: Setting, limit: int | None, tell: Callable[[str], None]) -> Tuner:
+        profiler = Profiler(
+            self._engine,
+            self._meter,
+            trains=self.trains,
+            optimizers=lambda: self._optimizers,
+            anchor_bytes=lambda: self._static_bytes()[1],
         )
+        return Tuner(
+            self._engine,
+            profiler,
+            self.config,
+            replace(start, activations=self._engine.activations.policies()),
+            trains=self.trains,
+            need=self._need,
+            limit=limit,
+            host_limit=self._host_limit,
+            emulated=self.is_emulated,
+            tell=tell,
+        )
+
+    def _host_limit(self) -> int:
+        """Bytes that all kinds may take on the host together."""
+        if isinstance(self.config.host_memory, int):
+            return self.config.host_memory
+        return available_bytes() + self._held().total
+
+    def _held(self) -> HostBytes:
+        scratch = 0 if self._masters is None else self._masters.scratch_bytes
+        return held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch)
 
     def _require_host(self) -> None:
         """Raise if the host cannot hold what is known of this training."""
@@ -151,63 +174,75 @@ class Session:
             yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
-        with self.step(mode):
-            is_followed = mode == TRAIN and self._is_counted()  # nobody tells us when backward begins
+        with self._refusing() if mode == TRAIN else contextlib.nullcontext(), self.step(mode):
+            is_followed = mode == TRAIN and self._is_counted  # nobody tells us when backward begins
             yield partial(self._meter.follow, since=torch.autograd._get_sequence_nr()) if is_followed else None  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Scope of a forward in a loop whose steps are not ours to repeat."""
+        self.attempts.begin()
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(f"{error} {self.refuse()}") from error
+        self.attempts.end()
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
         """Scope of a step, see :meth:`Engine.step`."""
         self._finish_step()
         if mode == TRAIN:
-            self._begin_training_step()
-        with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed), self._scope():
-            yield
-        if mode == TRAIN:
-            self._report_promotions()
-
-    @contextlib.contextmanager
-    def _scope(self) -> Iterator[None]:
+            self._begin_training_step(is_undisturbed=is_undisturbed)
+        else:
+            self._is_counted = self._tuner.begin_pass(is_undisturbed=is_undisturbed)
         self._is_in_scope = True
         try:
-            yield
+            with self._counting(), self._engine.step(mode, is_undisturbed=is_undisturbed):
+                yield
         finally:
             self._is_in_scope = False
+        if mode != TRAIN:
+            self._tuner.end_pass()
+        else:
+            need = self._need.total(self.k + self.num_resident)
+            report_promotions(self._engine.catalog.take_promotions(), need_bytes=need, budget_bytes=self._budget)
 
     def begin_backward(self, *, is_undisturbed: bool) -> None:
         """A backward pass outside :meth:`step` begins; user hooks may have run since the step."""
+        self.attempts.note_backward()
         if not is_undisturbed:
             self._engine.invalidate()
-        self._backward_scope.enter_context(self._counting(TRAIN))
+        self._backward_scope.enter_context(self._counting())
 
     def end_backward(self) -> None:
         """The backward pass is over."""
         self._backward_scope.close()
 
-    def _begin_training_step(self) -> None:
-        if self._num_steps == _NUM_COUNTED_STEPS and self.config.resident == "auto":
-            self._use_spare_memory()
-        if self._share is not None:
-            spare = None if self._budget is None else self._budget - self._meter.peak.total - self._added_bytes
-            self._share.begin_step(self._num_steps, spare)
-        if self._num_steps == self.config.record_step:
+    def _choose_share(self) -> None:
+        """Once all is measured, let units be updated on the device where the options leave it open."""
+        profile = self._tuner.settled()
+        if profile is None or self._is_share_chosen or self._device_updates is None:
+            return
+        self._is_share_chosen = True
+        spare = None if self._budget is None else self._budget - self._meter.peak.total
+        use_chosen_share(self._device_updates, profile, spare)
+
+    def _begin_training_step(self, *, is_undisturbed: bool) -> None:
+        is_recorded = self._num_steps == self.config.record_step
+        update = "at_once" if self._updates is None else self._updates.kind
+        self._is_counted = self._tuner.begin_step(
+            self._num_steps, is_recorded=is_recorded, is_undisturbed=is_undisturbed, update=update
+        )
+        self._choose_share()
+        if self._tuner.is_new and self._updates is not None:
+            self._updates.suspend()  # if the device has no room for this step, it can be repeated
+        if is_recorded:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
-        self._is_step_open, self._at_step_start = True, self._counters()
-        is_counted = self._is_counted()
-        self._engine.on_boundary = self._meter.sample if is_counted else None
-        self._engine.gradients.on_handed_over = self._meter.leave_out if is_counted else None
-
-    def _use_spare_memory(self) -> None:
-        """Let units stay in what the first steps left of the budget."""
-        peak = self._meter.peak
-        used = peak.total + peak.activations // _MARGIN
-        count = choose_residents(None, self.k, self._need, self._budget, used)
-        if count:
-            self.num_resident += count
-            self._added_bytes = count * self._need.slot_bytes
-            self._engine.keep_resident(count)
+        self._is_step_open, self._at_step_start = True, counters_of(self._engine)
+        self._engine.gradients.on_handed_over = self._meter.leave_out if self._is_counted else None
 
     def _finish_step(self) -> None:
         """Close the books of the training step before, if one is open."""
@@ -216,9 +251,8 @@ class Session:
             return
         self._is_step_open = False
         self._meter.sample()
-        self._last_step = self._counters() - self._at_step_start
-        if self._num_steps == 1:
-            self._keep_within_budget()
+        self._tuner.end_step(self._num_steps - 1)
+        self._last_step = counters_of(self._engine) - self._at_step_start
         if self._meter.recorder is not None:
             self._meter.recorder = None
             self.recording = self._engine.lanes.stop_recording().finish(
@@ -227,50 +261,65 @@ class Session:
                 k_prime=self.k_prime,
                 device=str(self.device),
                 emulated=self.is_emulated,
-                resident_bytes=sum(self._training_state()),
+                resident_bytes=sum(training_bytes(self._root, self._optimizers, has_gradients=True)),
                 budget_bytes=self._budget,
             )
 
-    def _keep_within_budget(self) -> None:
-        """Let units recompute from the second step on, where the first one's activations were more than allowed."""
-        if self.config.activations != "auto" or self._budget is None:
-            return
-        took, left = self._meter.peak.activations, self._budget - self._need.total(self.k)
-        if took > left:
-            self._engine.activations.recompute_all()
-            warnings.warn(
-                f"activations took {naturalsize(took, binary=True)} in the first step, but device_memory leaves "
-                f"{naturalsize(max(left, 0), binary=True)} for them: from now on units recompute theirs in backward. "
-                "Set activations to 'recompute' to begin with it, or to 'keep' to allow more.",
-                SuperpipeWarning,
-                stacklevel=2,
-            )
+    def unit_profile(self) -> UnitProfile | None:
+        """What the first steps took, by unit; None before they are over."""
+        if self._final_report is not None:
+            return self._final_profile
+        return self._tuner.profile()
 
-    def _is_counted(self) -> bool:
-        return self._num_steps <= _NUM_COUNTED_STEPS or self._meter.recorder is not None
+    def _counting(self) -> contextlib.AbstractContextManager[None]:
+        return self._meter.counting() if self._is_counted else contextlib.nullcontext()
 
-    def _counting(self, mode: str) -> contextlib.AbstractContextManager[None]:
-        return self._meter.counting() if mode == TRAIN and self._is_counted() else contextlib.nullcontext()
+    # -- out of memory
 
-    def _report_promotions(self) -> None:
-        promotions = self._engine.catalog.take_promotions()
-        if not promotions:
-            return
-        num_bytes = sum(promotion.num_bytes for promotion in promotions)
-        names = ", ".join(sorted({promotion.unit_name for promotion in promotions})[:8])
-        message = (
-            f"{len(promotions)} parameters ({naturalsize(num_bytes, binary=True)}) of units {names} are read outside "
-            f"their unit (by {promotions[0].function}): from now on they have a permanent copy on the device."
-        )
-        extra = self._need.total(self.k + self.num_resident) + num_bytes
-        if self._budget is not None and extra > self._budget:
-            raise BudgetError(
-                f"{message} That makes {naturalsize(extra, binary=True)}, but device_memory allows "
-                f"{naturalsize(self._budget, binary=True)}. Read them inside a module's own forward, or allow more."
-            )
-        warnings.warn(message, SuperpipeWarning, stacklevel=2)
+    def _undo(self, *, whole_step: bool) -> Undone:
+        """What was attempted has failed: let all be as before it."""
+        updated = self._updates.suspend() if self._updates is not None else []
+        self.abort()
+        self._is_counted = False
+        if self._is_step_open:
+            self._is_step_open, self._num_steps, self._meter.recorder = False, self._num_steps - 1, None
+        undone = self.attempts.restore(updated, whole_step=whole_step)
+        self._engine.invalidate()
+        return undone
+
+    def fall_back(self, reason: str) -> None:
+        """The device had no room for the step that was attempted: undo it, and take the next smaller plan.
+
+        Args:
+            reason: what the device said.
+
+        Raises:
+            OutOfDeviceMemory: there is none, or the step cannot be repeated exactly.
+        """
+        self._undo(whole_step=False).require_repeatable(reason)
+        self._tuner.fall_back(self._num_steps, reason)
+
+    def refuse(self) -> str:
+        """The device had no room for a step that is not ours to repeat: undo it, and say so."""
+        self._undo(whole_step=True)
+        return self._tuner.refusal()
 
     # -- what front ends ask
+
+    @property
+    def k(self) -> int:
+        """Most units on the device at once, beside those that stay."""
+        return self._tuner.setting.k
+
+    @property
+    def k_prime(self) -> int:
+        """Units moved per transfer."""
+        return self._tuner.setting.k_prime
+
+    @property
+    def num_resident(self) -> int:
+        """Units that stay on the device."""
+        return self._tuner.setting.resident
 
     @property
     def is_emulated(self) -> bool:
@@ -294,7 +343,11 @@ class Session:
 
     def updating_in_backward(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
         """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
-        return contextlib.nullcontext() if self._updates is None else self._updates.announced(optimizer)
+        return (
+            contextlib.nullcontext()
+            if self._updates is None or self._tuner.is_new
+            else self._updates.announced(optimizer)
+        )
 
     def streams(self, model: nn.Module) -> bool:
         """Whether this is the session of a module."""
@@ -314,11 +367,22 @@ class Session:
         if self._final_report is not None:
             return
         self._finish_step()
+        self._final_profile = self.unit_profile()
+        self._tuner.close()
         if self._updates is not None:
             self._updates.close()
         self._final_report = self.report()
         self._engine.close()
-        del self._updates, self._share, self._engine, self._meter, self._root, self._optimizers, self._tier
+        del (
+            self._updates,
+            self._engine,
+            self._meter,
+            self._tuner,
+            self._root,
+            self._optimizers,
+            self._tier,
+            self.attempts,
+        )
 
     # -- report
 
@@ -326,74 +390,20 @@ class Session:
         """What streaming cost and saved so far."""
         if self._final_report is not None:
             return self._final_report
-        num_slots = self.k + self.num_resident
-        static = self._need.total(num_slots) - self._need.gradient_bytes
-        peak = self._meter.peak
-        if not peak.total:
-            slots = num_slots * self._need.slot_bytes
-            peak = peak._replace(slots=slots, anchors=static - slots)
-        weights, gradients, states = self._training_state()
-        scratch = 0 if self._masters is None else self._masters.scratch_bytes
-        return Report(
-            k=self.k,
-            k_prime=self.k_prime,
-            num_resident=self.num_resident,
-            num_on_device=0 if self._device_updates is None else self._device_updates.num_units,
-            num_units=len(self._engine.units),
+        return make_report(
+            self._engine,
+            self._updates,
+            root=self._root,
+            optimizers=self._optimizers,
+            setting=self._tuner.setting,
+            need=self._need,
+            peak=self._meter.peak,
+            host=self._held(),
             num_steps=self._num_steps,
-            peak=peak,
-            resident_bytes=weights + gradients + states,
-            num_parameters=sum(p.numel() for p in self._root.parameters() if not nn.parameter.is_lazy(p)),
-            host=held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch),
             last_step=self._last_step,
-            total=self._counters(),
-            device=str(self.device),
-            emulated=self.is_emulated,
             sees_loop=self._meter.sees_all or not self._owns_root,
-            unit_overhead_us=self._engine.overhead_us(),
-        )
-
-    def _counters(self) -> StepCounters:
-        residency, lanes = self._engine.residency, self._engine.lanes
-        return StepCounters(
-            num_loads=residency.num_loads,
-            num_plan_misses=residency.num_plan_misses,
-            h2d_bytes=lanes.h2d_bytes,
-            d2h_bytes=lanes.d2h_bytes,
-            stall_seconds=lanes.stall_seconds,
+            plan=self._tuner.plan,
         )
 
     def _static_bytes(self) -> tuple[int, int]:
-        anchors = self._engine.anchors.num_bytes if self._engine.anchors.have_copies else self._need.anchor_bytes
-        updates = 0 if self._device_updates is None else self._device_updates.held_bytes
-        return self._engine.slots.num_bytes, anchors + updates
-
-    def _training_state(self) -> tuple[int, int, int]:
-        """Bytes of weights, gradients and optimizer states of the whole model."""
-        parameters = [p for p in self._root.parameters() if not nn.parameter.is_lazy(p)]
-        weights = sum(p.nbytes for p in parameters) + sum(b.nbytes for b in self._root.buffers())
-        gradients = sum(p.nbytes for p in parameters if p.requires_grad) if self._num_steps else 0
-        states = (
-            value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state)
-        )
-        return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
-
-
-def _refuse_streamed(root: nn.Module) -> None:
-    """Two engines would bind the same modules, each over the other's copies."""
-    name = next((name for name, module in root.named_modules() if owner_of(module) is not None), None)
-    if name is not None:
-        part = f"its part {name!r}" if name else f"this {type(root).__name__}"
-        raise UnsupportedError(
-            f"the model streams already ({part}): end that first, by pipe.close(), accelerator.free_memory(), "
-            "fabric.strategy.teardown() or the end of the Trainer's run."
-        )
-
-
-def _may_pin(config: SuperpipeConfig, device: torch.device) -> bool:
-    return config.pin_memory is not False and device.type == "cuda"
-
-
-def _values(state: Any) -> list[Any]:
-    """What an optimizer keeps for one parameter; most keep a dict."""
-    return list(state.values()) if isinstance(state, dict) else [state]
+        return static_bytes(self._engine, self._updates, self._need)

@@ -26,7 +26,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"k": "all"}, "k='all'", "'auto'"),
     ({"k": None}, "k=None", "'auto'"),
     ({"k_prime": 0}, "k_prime=0", "at least 1"),
-    ({"k_prime": "auto"}, "k_prime='auto'", "at least 1"),
+    ({"k_prime": "most"}, "k_prime='most'", "at least 1 or 'auto'"),
+    ({"device_memory": "full"}, "'full'", "such as '8GiB'"),
     ({"k_prime": 1.5}, "k_prime=1.5", "an integer"),
     ({"k": 2, "k_prime": 3}, "k_prime=3 is larger than k=2", "1 <= k_prime <= 2"),
     ({"k": 1, "k_prime": 2}, "k_prime=2 is larger than k=1", "1 <= k_prime <= 1"),
@@ -98,7 +99,7 @@ def test_a_window_is_accepted_exactly_if_it_can_exist(k: int, k_prime: int) -> N
 def test_defaults_need_no_argument() -> None:
     assert SuperpipeConfig() == SuperpipeConfig(
         k="auto",
-        k_prime=1,
+        k_prime="auto",
         device_memory=None,
         host_memory=None,
         wire_dtype=None,

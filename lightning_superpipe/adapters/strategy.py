@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,10 +20,12 @@ from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_un
 from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
 from lightning_superpipe.adapters.gradient_readers import gradient_readers, refuse_in_backward
 from lightning_superpipe.adapters.materialize import materialize
+from lightning_superpipe.adapters.repeat import repeated_if_too_large
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
 
 __all__ = ["SuperpipeMixin"]
@@ -61,7 +65,7 @@ class SuperpipeMixin(OneDeviceMixin):
         self._last_session: Session | None = None
         self._fused = FusedChoice()
         self._said: set[str] = set()
-        self._updates_in_backward = False
+        self._updates_in_backward = self._repeats = False
 
     # -- what users ask
 
@@ -81,6 +85,10 @@ class SuperpipeMixin(OneDeviceMixin):
             SuperpipeError: nothing has run yet.
         """
         return self._any_session().report()
+
+    def unit_profile(self) -> UnitProfile | None:
+        """What the first training steps took, by unit, as far as predictions need it; None before six steps."""
+        return self._any_session().unit_profile()
 
     @property
     def recording(self) -> Recording | None:
@@ -128,7 +136,7 @@ class SuperpipeMixin(OneDeviceMixin):
         materialize(model)
         trainer = getattr(self.lightning_module, "_trainer", None)
         trains = trainer is None or bool(trainer.training)
-        self._session = Session(model, self.config, self.compute_device, trains=trains)
+        self._session = Session(model, self.config, self.compute_device, trains=trains, tell=self._say)
         if remark := "; ".join(remarks(self._session)):
             self._say(f"superpipe: {remark}.")
         return model
@@ -144,7 +152,9 @@ class SuperpipeMixin(OneDeviceMixin):
             self._last_session, self._session = self._session, None
 
     def on_exception(self, exception: BaseException) -> None:
-        if self._session is not None:
+        if self._session is not None and type(exception) is torch.OutOfMemoryError:
+            exception.add_note(self._session.refuse())
+        elif self._session is not None:
             self._session.abort()
         super().on_exception(exception)
 
@@ -155,6 +165,8 @@ class SuperpipeMixin(OneDeviceMixin):
     # -- steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._session is not None and not self._repeats and self.lightning_module.automatic_optimization:
+            self._session.attempts.begin()  # an accumulating batch
         with self._step("train"):
             return super().training_step(*args, **kwargs)
 
@@ -172,7 +184,7 @@ class SuperpipeMixin(OneDeviceMixin):
 
     def _step(self, mode: str) -> contextlib.AbstractContextManager[None]:
         if self._session is None:
-            return contextlib.nullcontext()
+            return nullcontext()
         return self._session.step(mode, is_undisturbed=runs_undisturbed(self.lightning_module))
 
     # `backward` itself is never overridden: users patch it (and so do Lightning's own tests).
@@ -190,10 +202,21 @@ class SuperpipeMixin(OneDeviceMixin):
     # -- optimizers and checkpoints
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        if self._session is None or not self._updates_in_backward:
+        session, module = self._session, self.lightning_module
+        if session is None:
             return super().optimizer_step(optimizer, closure, *args, **kwargs)
-        with self._session.updating_in_backward(optimizer):
+        if module is not None and module.automatic_optimization:  # else the closure is no whole step
+            closure = partial(self._repeating, closure)
+        in_backward = session.updating_in_backward(optimizer) if self._updates_in_backward else nullcontext()
+        with in_backward:
             return super().optimizer_step(optimizer, closure, *args, **kwargs)
+
+    def _repeating(self, closure: Callable[[], Any]) -> Any:
+        self._repeats = True
+        try:
+            return repeated_if_too_large(self._require_session(), closure, self.lightning_module)
+        finally:
+            self._repeats = False
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         materialize(self.lightning_module)  # Lightning loads before it calls setup

@@ -46,10 +46,11 @@ class Policy(str, Enum):
 
 
 class Choice(NamedTuple):
-    """The policy of one unit, and whether the user named that very unit."""
+    """The policy of one unit, whether the user named that very unit, and whether the user left it open."""
 
     policy: Policy = Policy.KEEP
     is_explicit: bool = False
+    is_open: bool = False
 
 
 def choose_policies(wish: str | Mapping[str, str], names: Sequence[str], *, micro_batches: int = 1) -> list[Choice]:
@@ -74,7 +75,8 @@ def choose_policies(wish: str | Mapping[str, str], names: Sequence[str], *, micr
         found = next((each for each in patterns if fnmatchcase(name, each)), None)
         policy = "keep" if found is None else patterns[found]
         chosen = automatic if policy == "auto" else Policy(policy)
-        choices.append(Choice(chosen, found is not None and not _WILDCARDS & set(found)))
+        is_explicit = found is not None and policy != "auto" and not _WILDCARDS & set(found)
+        choices.append(Choice(chosen, is_explicit, is_open=policy == "auto" and micro_batches == 1))
     return choices
 
 
@@ -107,6 +109,33 @@ class Activations:
             raise MicroBatches(unit.name, self._num_parts).refusal(reason)
         if (reason := why_not_again(modules, ())) is not None:
             self._keep(unit, reason)
+
+    def policies(self) -> tuple[str, ...]:
+        """What becomes of each unit's activations."""
+        return tuple(choice.policy.value for choice in self._choices)
+
+    def is_open(self, unit: int) -> bool:
+        """Whether the user left it open what becomes of a unit's activations."""
+        return self._choices[unit].is_open
+
+    def possible(self, unit: int) -> tuple[str, ...]:
+        """What may become of a unit's activations, as far as is known by now."""
+        engine = self._require_engine()
+        refuses = any(index == unit for index, _ in self._said)
+        if refuses or why_not_again(engine.units[unit].module.modules(), ()) is not None:
+            return (Policy.KEEP.value, Policy.OFFLOAD.value)
+        return tuple(policy.value for policy in Policy)
+
+    def splits(self, unit: int) -> bool:
+        """Whether a unit's batch may be split, as far as is known by now."""
+        return why_not_split(list(self._require_engine().units[unit].module.modules())) is None
+
+    def adopt(self, policies: Sequence[str]) -> None:
+        """Let units do something else from now on, where the user left it open."""
+        self._choices = [
+            choice._replace(policy=Policy(policy)) if choice.is_open else choice
+            for choice, policy in zip(self._choices, policies, strict=True)
+        ]
 
     def recompute_all(self) -> None:
         """Let every unit that keeps recompute from now on."""
@@ -211,7 +240,7 @@ class Activations:
 
     def _keep(self, unit: Unit, reason: str) -> None:
         """Say why a unit keeps what it should not; refuse it where the user named the unit."""
-        policy, is_explicit = self._choices[unit.index]
+        policy, is_explicit, _ = self._choices[unit.index]
         if is_explicit:
             raise ConfigError(
                 f"activations: unit {unit.name!r} cannot {policy.value}: {reason}. Use 'keep' for it, or name it by a "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from lightning_superpipe.engine.binding import Binding
 from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.catalog import Catalog
+from lightning_superpipe.engine.census import Probes
+from lightning_superpipe.engine.changeover import change_over
 from lightning_superpipe.engine.follower import TRAIN, Follower
 from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.graph_end import call_at_end
@@ -38,6 +40,7 @@ from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
 from lightning_superpipe.engine.window import Window
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.planning import Action, Op, spread
+from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.tiers import Tier
 
 __all__ = ["Engine", "Window"]
@@ -61,7 +64,7 @@ class Engine:
         is_open: False once closed; what is left of graphs then computes with host parameters.
         lone_dtype: the dtype of all streamed parameters on the device; None if there are several.
         watch: the mode that is active between unit calls of the step in progress.
-        on_boundary: called after each unit's compute, for those who measure.
+        probes: of those who measure.
     """
 
     def __init__(
@@ -83,7 +86,6 @@ class Engine:
         self.is_separate = is_separate(self.device)
         self.is_open = True
         self.watch: TrainWatch | EvalWatch | None = None
-        self.on_boundary: Callable[[], None] | None = None
         self._tier = tier
         self._lock = threading.RLock()
         self._graphs: set[int] = set()
@@ -96,6 +98,7 @@ class Engine:
 
         self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin, self.wire)
         self.catalog = Catalog(root, self.anchors)
+        self.probes = Probes()
         self.binding = Binding(self.anchors, self.catalog)
         self.units = [
             Unit(i, name, module, anchors, self._make_twin, wire=self.wire) for i, (name, module) in enumerate(units)
@@ -105,7 +108,6 @@ class Engine:
         self.slots = SlotPool(self.device, num_slots, slot_bytes, poison=window.poison, seed=window.slot_seed)
         self.casts = Casts(self.device)
         self.note_dtypes()
-        self.num_resident = window.num_resident
         keep = spread(range(len(self.units)), window.num_resident)
         self.follower = Follower(len(self.units), num_slots, window.k_prime, keep)
         staging = WireStaging(tier.part("wire", pin=pin))
@@ -117,7 +119,7 @@ class Engine:
         self.saved = SavedTensors(self)
         self.outside = Outside(self.wire, self.anchors, self.catalog, self.residency, self.saved, self.recover)
         choices = choices or [Choice()] * len(self.units)
-        self.activations = Activations(self, choices, Offload(lanes, tier, self._staying), num_parts=micro_batches)
+        self.activations = Activations(self, choices, Offload(lanes, tier, self.staying), num_parts=micro_batches)
         self._installation = Installation(self, root, tier.part("weights"), root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
@@ -129,7 +131,8 @@ class Engine:
     def _make_anchor_twin(self, host: nn.Parameter) -> nn.Parameter:
         return make_twin(host, self.device, self, Label("G", -1, "anchors"), dtype=self.wire.dtype_of(host))
 
-    def _staying(self) -> Container[int]:
+    def staying(self) -> Container[int]:
+        """Addresses of what is on the device for good, where device and host are two; else of all of the host's."""
         return self.anchors.addresses() if self.is_separate else self.catalog.host_addresses()
 
     # -- uses
@@ -171,7 +174,7 @@ class Engine:
     def use_in_backward(self, unit: Unit) -> None:
         """Backward needs a unit: a token is unpacked, or the gradient of its output is there."""
         if unit is not self._in_backward:
-            self._boundary()
+            self.probes.end_backward_of(self._in_backward)
         self.use(unit, Op.BACKWARD)
 
     def _prepare(self, unit: Unit) -> None:
@@ -207,25 +210,23 @@ class Engine:
                     if self._is_in_step:
                         self.residency.move(self.follower.after(Action(op, unit.index)))
                 self.casts.let_go(unit, is_evaluation=self._is_evaluation)
-                self._boundary()
+                self.probes.boundary(op.value, unit.index)
             caller = self._calls[-1] if self._calls else None
             if caller is not None and caller.parameters and caller.slot is None:  # it was spilled by its callee
                 self.residency.require(caller)
                 self.binding.bind(caller)
         self._own_seconds += now() - start
 
-    def _boundary(self) -> None:
-        if self.on_boundary is not None:
-            self.on_boundary()
+    def note_saved(self, tensor: Tensor) -> None:
+        """Autograd saves a tensor that is no weight."""
+        if self.probes.census is not None and self._calls and graph_task_id() == -1:
+            self.probes.census.save(self._calls[0].index, tensor)
 
     # -- steps
 
-    def keep_resident(self, count: int) -> None:
-        """Let as many more units stay on the device, from the next step on."""
-        self.slots.extend(count)
-        num_slots = len(self.slots.slots)
-        self.num_resident += count
-        self.follower.widen(num_slots, spread(range(len(self.units)), self.num_resident))
+    def adopt(self, setting: Setting, order: Sequence[int]) -> None:
+        """Use another setting from the next step on, see :func:`change_over`."""
+        change_over(self, setting, order)
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
@@ -321,7 +322,7 @@ class Engine:
             self._graphs.discard(task)
             if self._graphs:
                 return
-            self._boundary()
+            self.probes.end_backward_of(self._in_backward)
             self._end_backward_span()
             self._in_backward = None
             for unit in self.units:
@@ -330,7 +331,7 @@ class Engine:
             self.activations.offload.end_graph()
             self.gradients.finish()
             self.anchors.flush_buffers()
-            self._boundary()
+            self.probes.boundary("home")
 
     def recover(self) -> None:
         """Put the model in order after a backward pass that raised: autograd did not call its end."""

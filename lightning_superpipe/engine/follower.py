@@ -48,9 +48,9 @@ class Follower:
         """Whether a step of this mode has been seen."""
         return mode in self._known
 
-    def widen(self, k: int, keep: frozenset[int]) -> None:
-        """Use more slots and keep other units, from the next plan on."""
-        self._k, self._keep = k, keep
+    def widen(self, k: int, k_prime: int, keep: frozenset[int]) -> None:
+        """Use more or fewer slots, move units in other numbers and keep others, from the next plan on."""
+        self._k, self._k_prime, self._keep = k, k_prime, keep
 
     def begin(self, mode: str, resident: Iterable[int], *, next_is_same: bool) -> list[Action]:
         """Start a step; return what to move before its first use.

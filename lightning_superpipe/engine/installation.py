@@ -35,8 +35,14 @@ class Installation:
 
     def __init__(self, engine: Engine, root: nn.Module, tier: Tier, *, root_scope: RootScope | None) -> None:
         self._engine, self._root, self._tier, self._root_scope = engine, root, tier, root_scope
-        for unit in engine.units:
-            self._install(unit)
+        try:
+            for unit in engine.units:
+                self._install(unit)
+        except BaseException:  # the host has no room: those that were installed are ordinary modules again
+            for unit in engine.units:
+                for module in unit.members.values():
+                    swap_out(module)
+            raise
         self._outer = self._install_outer() if engine.anchors.have_copies else []
         if root_scope is not None and owner_of(root) is None:
             self._outer.append(root)

@@ -183,6 +183,19 @@ class Residency:
             if self._last_slot.get(unit.index) is slot:
                 unit.point_twins_at(slot)
 
+    def shrink(self, num_slots: int) -> None:
+        """Keep so many slots and give up the memory of the others; no unit may be in the middle of its call."""
+        count = len(self.slots.slots) - num_slots
+        loaded = [unit for unit in self.units if unit.slot is not None]
+        for unit in loaded[: max(0, count - self.slots.num_free)]:
+            self.evict(unit)
+        self.fence_host_reads()  # a prefetch that nobody used may still be writing to that memory
+        dropped = self.slots.drop(count)
+        for unit in self.units:
+            if self._last_slot.get(unit.index) in dropped:  # its twins would hold the memory
+                with raw_tensors():
+                    self._move_twins(unit, self.slots.slots[0])
+
     def grow_slots(self, slot_bytes: int) -> None:
         """Give all slots new memory of another size; nothing may be loaded."""
         self.fence_host_reads()  # a prefetch that nobody used may still be writing to the old memory

@@ -86,7 +86,12 @@ class SlotPool:
 
     def _allocate(self) -> Tensor:
         with torch.inference_mode(False):
-            buffer = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+            try:
+                buffer = torch.empty(self.slot_bytes, dtype=torch.uint8, device=self.device)
+            except RuntimeError as error:
+                if self.device.type != "cpu":
+                    raise
+                raise torch.OutOfMemoryError(str(error).partition("\n")[0]) from error  # what devices raise
             return buffer.fill_(255) if self._poison else buffer
 
     @property
@@ -131,12 +136,27 @@ class SlotPool:
         self._by_address[slot.address] = slot
         self.num_escapes += 1
 
-    def extend(self, count: int) -> None:
-        """Add slots."""
+    def extend(self, count: int, *, free_after: Event) -> None:
+        """Add slots.
+
+        Args:
+            free_after: compute that may still use the memory that the allocator gives to them.
+        """
         added = [Slot(len(self.slots) + index, self._allocate()) for index in range(count)]
+        for slot in added:
+            slot.free_after = free_after
         self.slots += added
         self._free += added
         self._by_address |= {slot.address: slot for slot in added}
+
+    def drop(self, count: int) -> list[Slot]:
+        """Give up free slots, and return them; whoever points at their memory still holds it."""
+        dropped, self._free = self._free[-count:], self._free[:-count]
+        self.slots = [slot for slot in self.slots if slot not in dropped]
+        for index, slot in enumerate(self.slots):
+            slot.index = index
+        self._by_address = {slot.address: slot for slot in self.slots}
+        return dropped
 
     def resize(self, slot_bytes: int) -> None:
         """Give every slot new memory of another size; all must be free."""

@@ -90,6 +90,7 @@ class Report:
         sees_loop: the peak holds what the user's loop computes itself, such as a loss, and not the model's calls and
             their backward alone.
         num_on_device: units that are updated on the device.
+        plan: what ``auto`` chose, and why; empty where nothing was chosen.
     """
 
     k: int
@@ -108,6 +109,7 @@ class Report:
     unit_overhead_us: float
     sees_loop: bool = True
     num_on_device: int = 0
+    plan: str = ""
 
     @property
     def peak_device_bytes(self) -> int:
@@ -167,7 +169,10 @@ class Report:
     def __rich__(self) -> Group:
         """Return the report for a rich console, in colour."""
         left_out = [] if self.sees_loop else [Text(_LEFT_OUT, style="dim")]
-        return Group(self._headline(), self._memory_table(), *left_out, self._host_table(), self._traffic_table())
+        plan = [Text(self.plan)] if self.plan else []
+        return Group(
+            self._headline(), *plan, self._memory_table(), *left_out, self._host_table(), self._traffic_table()
+        )
 
     def __str__(self) -> str:
         """Return the report as plain text, at most 100 columns."""

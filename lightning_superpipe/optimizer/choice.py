@@ -6,10 +6,9 @@ from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
-from lightning_superpipe.optimizer.share import ShareChoice
 from lightning_superpipe.optimizer.stage import UpdateStage
 
-__all__ = ["make_share_choice", "make_stage"]
+__all__ = ["make_stage"]
 
 
 def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None) -> UpdateStage | None:
@@ -33,16 +32,3 @@ def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None)
         in_thread=not at_once,
         device=device,
     )
-
-
-def make_share_choice(
-    engine: Engine, config: SuperpipeConfig, updates: UpdateStage | None, *, first: int
-) -> ShareChoice | None:
-    """Return what finds the share of updates on the device; None where the options name one.
-
-    Args:
-        first: number of the first training step that is like all others; one that is recorded anyway is left alone.
-    """
-    if updates is None or updates.device is None or config.update_on_device != "auto":
-        return None
-    return ShareChoice(engine, updates.device, first + (config.record_step == first))

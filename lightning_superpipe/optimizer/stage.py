@@ -58,7 +58,8 @@ class UpdateStage:
         device: updates some units on the device; None if all are updated on the host.
 
     Attributes:
-        num_parts: parts of steps that ran in the thread.
+        in_thread: parts run in a thread of their own.
+        num_parts: parts of steps that ran there.
     """
 
     def __init__(
@@ -72,17 +73,25 @@ class UpdateStage:
         device: DeviceUpdates | None = None,
     ) -> None:
         self._engine = engine
-        self._masters, self._in_thread, self.device = masters, in_thread, device
+        self._masters, self.in_thread, self.device = masters, in_thread, device
         self._part = partial(Part, narrowed if masters is None else masters.narrowed)
         self._lane = HostLane("superpipe-update")
         self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
         self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
         self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
         self._announced: Announced | None = None
+        self._has_announced = False
         self._once: set[int] = set()
         self._whole: set[str] = set()
         self.num_parts = 0
         settle_before_forks()
+
+    @property
+    def kind(self) -> str:
+        """When units are updated, as the option ``update`` names it."""
+        if not self.in_thread:
+            return "at_once"
+        return "in_backward" if self._has_announced else "after_backward"
 
     # -- whose steps
 
@@ -109,7 +118,7 @@ class UpdateStage:
                 ]
 
     def _note_whole(self, name: str) -> None:
-        if self._in_thread and name not in self._whole:
+        if self.in_thread and name not in self._whole:
             self._whole.add(name)
             warnings.warn(
                 f"{name} is not known to update each parameter by itself: its step runs as a whole.",
@@ -185,7 +194,7 @@ class UpdateStage:
     def _may_start(self, part: Part) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
         optimizer, masters = part.optimizer, self._masters
-        if not self._in_thread or not all(keeps_state(optimizer, member) for member in part.members):
+        if not self.in_thread or not all(keeps_state(optimizer, member) for member in part.members):
             return False
         if masters is not None and not all(masters.has_master(optimizer, each.parameter) for each in part.members):
             return False
@@ -261,8 +270,9 @@ class UpdateStage:
         """Promise that the next backward pass is the last before a step of this optimizer, and that nobody looks at
         gradients in between: each unit may be updated as soon as its gradients are home.
         """
-        if optimizer not in self._hooks or not self._in_thread:
+        if optimizer not in self._hooks or not self.in_thread:
             return
+        self._has_announced = True
         everything = [
             Member(index, parameter)
             for index, group in enumerate(optimizer.param_groups)
@@ -279,6 +289,14 @@ class UpdateStage:
         for index in updated:
             self._engine.units[index].settle()
         return [self._engine.units[index].name for index in sorted(updated)]
+
+    def suspend(self) -> list[str]:
+        """Start no parts before the step that is announced; return the names of units updated already."""
+        self._engine.gradients.on_home = self._engine.gradients.may_lend = None
+        if self._announced is None:
+            return []
+        self._announced.home.clear()
+        return [self._engine.units[index].name for index in sorted(self._announced.updated)]
 
     def _end_announced(self, optimizer: Optimizer | None = None) -> dict[int, Part]:
         """The backward pass is over, and with it the gradients are complete; return what has been updated."""

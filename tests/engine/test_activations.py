@@ -219,7 +219,8 @@ def test_the_first_pattern_that_matches_counts() -> None:
         Choice(Policy.KEEP, False),
     ]
     assert choose_policies({"h.0": "recompute"}, names)[2:] == [Choice(), Choice()]
-    assert choose_policies("auto", names) == [Choice()] * 4
+    assert choose_policies("auto", names) == [Choice(is_open=True)] * 4
+    assert choose_policies({"h.0": "auto"}, names)[1] == Choice(is_open=True)
     assert {choice.policy for choice in choose_policies("auto", names, micro_batches=2)} == {Policy.RECOMPUTE}
 
 

@@ -1,0 +1,44 @@
+"""The next smaller setting, for a device that had less room than was planned for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from lightning_superpipe.planning.workload import Setting
+
+__all__ = ["smaller"]
+
+
+def smaller(
+    setting: Setting, *, opens_k: bool, opens_resident: bool, may_recompute: Collection[int], num_units: int
+) -> Setting | None:
+    """Return a setting that takes less; None if none is left open.
+
+    Units that stay are given up first, half of them at a time, then slots down to 2, which still overlap; then units
+    that may recompute do so; a single slot is the last resort.
+
+    Args:
+        opens_k, opens_resident: whether these may change.
+        may_recompute: units that may.
+
+    >>> plan: Setting | None = Setting(4, resident=3)
+    >>> while plan:
+    ...     plan = smaller(plan, opens_k=True, opens_resident=True, may_recompute=[1], num_units=2)
+    ...     if plan:
+    ...         print(plan.k, plan.resident, *plan.activations)
+    4 1
+    4 0
+    2 0
+    2 0 keep recompute
+    1 0 keep recompute
+    """
+    if opens_resident and setting.resident:
+        return replace(setting, resident=setting.resident // 2)
+    if opens_k and setting.k > 2:
+        return replace(setting, k=2, k_prime=1)
+    policies = [setting.policy(index) for index in range(num_units)]
+    fewer = ["recompute" if index in may_recompute else policy for index, policy in enumerate(policies)]
+    if fewer != policies:
+        return replace(setting, activations=tuple(fewer))
+    return replace(setting, k=1, k_prime=1) if opens_k and setting.k > 1 else None

@@ -1,0 +1,328 @@
+"""``auto``: a run begins with a small window, is measured, and changes over to the setting that was chosen for it.
+
+The chosen setting is measured as well. Where a step is slower or larger than predicted, that is said, and the choice is
+made again from the newer measurements; what has been tried once is not tried again.
+"""
+
+from __future__ import annotations
+
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from humanize import naturalsize
+
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.errors import BudgetError, SuperpipeWarning
+from lightning_superpipe.observe.unit_profile import UnitProfile
+from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
+from lightning_superpipe.planning.compare import missed
+from lightning_superpipe.planning.fall_back import smaller
+from lightning_superpipe.planning.workload import Setting
+from lightning_superpipe.profiling import Profiler
+from lightning_superpipe.rewind import OutOfDeviceMemory
+
+__all__ = ["Tuner"]
+
+_NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
+_NUM_TIMED_STEPS = 3
+_MOST_PLANS = 4  # tried in one run
+
+
+class _Outcome(NamedTuple):
+    """What a setting turned out to take."""
+
+    step_s: float
+    peak_bytes: int
+
+
+class Tuner:
+    """Chooses the knobs that the configuration leaves open, between steps of one kind.
+
+    Args:
+        setting: that the run begins with; activation policies count in the order of registration.
+        trains: training steps are measured; else passes of evaluation are.
+        need: device bytes that were known before the first step.
+        limit: device bytes; None for any number.
+        host_limit: returns the host bytes that all may take.
+        tell: says something to the user.
+
+    Attributes:
+        setting: in force.
+        choice: the last one; None before the first, and where nothing is open.
+        plan: what was told of it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        profiler: Profiler,
+        config: SuperpipeConfig,
+        setting: Setting,
+        *,
+        trains: bool,
+        need: MemoryNeed,
+        limit: int | None,
+        host_limit: Callable[[], int],
+        emulated: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._engine, self._profiler, self._config = engine, profiler, config
+        self._need, self._is_undisturbed = need, False
+        self._trains, self._num_passes = trains, 0
+        self._limit, self._host_limit, self._emulated, self._tell = limit, host_limit, emulated, tell
+        self.setting = setting
+        self.choice: Choice | None = None
+        self.plan = ""
+        self._order: Sequence[int] = range(len(engine.units))
+        self._since = self._next = 0
+        self._has_fallen_back = False
+        self._measured: UnitProfile | None = None
+        self._num_counted = _NUM_COUNTED_STEPS
+        self._tried: dict[Setting, _Outcome] = {}
+        self._is_over = not self._is_anything_open()
+
+    # -- which steps are measured
+
+    def begin_step(self, index: int, *, is_recorded: bool, is_undisturbed: bool, update: str) -> bool:
+        """A step begins: choose, if all is known by now; return whether its bytes are counted.
+
+        Args:
+            is_recorded: the recorder is needed for something else.
+            is_undisturbed: nobody could write to weights since the last step.
+            update: the kind that this run has.
+        """
+        self._has_fallen_back = self._has_fallen_back and index == self._since
+        self._next = index
+        self._is_undisturbed, self.setting = is_undisturbed, replace(self.setting, update=update)
+        if index == self._timed().stop:
+            self._profiler.end_timing()
+            self._measured = self._measure()
+            if not self._is_over:
+                self._decide(index)
+        is_counted = self._since <= index < self._since + self._num_counted or is_recorded
+        self._profiler.begin_step(counts=is_counted, times=index in self._timed())
+        return is_counted
+
+    def _timed(self) -> range:
+        """Steps whose times are taken: behind those that are counted, and not where a recording is wanted."""
+        first, record = self._since + self._num_counted, self._config.record_step
+        if record is not None and first <= record < first + _NUM_TIMED_STEPS:
+            first = record + 1
+        return range(first, first + _NUM_TIMED_STEPS)
+
+    def profile(self) -> UnitProfile | None:
+        """What was measured last; None before."""
+        return self._measured
+
+    def settled(self) -> UnitProfile | None:
+        """What was measured under the setting that the run stays with; None while that is open."""
+        return self._measured if self._is_over else None
+
+    def _measure(self) -> UnitProfile | None:
+        found = self._profiler.profile(self.setting, emulated=self._emulated)
+        if found is None:
+            return None
+        return replace(found, workload=replace(found.workload, undisturbed=self._is_undisturbed))
+
+    def begin_pass(self, *, is_undisturbed: bool) -> bool:
+        """A pass without training begins: measure it where nothing else will run; return whether bytes are counted."""
+        if self._trains or self._is_over:
+            self._profiler.note_disturbance()
+            return False
+        self._num_passes += 1
+        return self.begin_step(
+            self._num_passes - 1, is_recorded=False, is_undisturbed=is_undisturbed, update=self.setting.update
+        )
+
+    def end_pass(self) -> None:
+        """It is over."""
+        if not self._trains:
+            self._profiler.note_home()
+            self._profiler.end_counting()
+
+    def end_step(self, index: int) -> None:
+        """A step is over, all of it."""
+        self._profiler.end_counting()
+        if index == 0 and self._config.activations == "auto" and self._config.device_memory is not None:
+            self._keep_within_limit()
+
+    def _keep_within_limit(self) -> None:
+        """Let units recompute from the second step on, where the first one's activations were more than allowed."""
+        assert self._limit is not None, "an amount is allowed"
+        took, left = self._profiler.peak.activations, self._limit - self._need.total(self.setting.k)
+        if took <= left:
+            return
+        self._engine.activations.recompute_all()
+        self.setting = replace(self.setting, activations=self._engine.activations.policies())
+        warnings.warn(
+            f"activations took {_size(took)} in the first step, but device_memory leaves {_size(max(left, 0))} for "
+            "them: from now on units recompute theirs in backward. Set activations to 'recompute' to begin with it, or "
+            "to 'keep' to allow more.",
+            SuperpipeWarning,
+            stacklevel=2,
+        )
+
+    def close(self) -> None:
+        """Measure no more."""
+        self._profiler.close()
+
+    # -- what is open
+
+    def _is_anything_open(self) -> bool:
+        asked = self._asked(self._order)
+        return asked.k is None or asked.resident is None or None in asked.activations
+
+    def _asked(self, order: Sequence[int]) -> Asked:
+        config, setting = self._config, self.setting
+        opens_k = config.k == "auto"
+        has_limit = config.device_memory is not None or (opens_k and self._limit is not None)
+        opens_resident = config.resident == "auto" and (opens_k or has_limit)
+        policies = [
+            None if has_limit and self._engine.activations.is_open(unit) else setting.policy(unit) for unit in order
+        ]
+        return Asked(
+            k=None if opens_k else setting.k,
+            k_prime=None if opens_k and config.k_prime == "auto" else setting.k_prime,
+            resident=None if opens_resident else setting.resident,
+            activations=tuple(policies),
+            update=setting.update,
+        )
+
+    # -- the choice
+
+    def _decide(self, index: int) -> None:
+        profile = self._measured
+        if profile is None:
+            self._is_over = True
+            return
+        self._order = profile.indices
+        self._tried[self.setting] = _Outcome(statistics.median(profile.step_s), profile.peak.total)
+        if self.choice is not None and not self._has_missed(profile, self.choice):
+            self._is_over = True
+            return
+        limits = Limits(self._limit, self._host_limit())
+        try:
+            choice = choose(profile.workload, profile.speeds, limits, self._asked(profile.indices))
+        except BudgetError as error:
+            self._is_over = True
+            warnings.warn(f"no plan was found, the run goes on with k={self.setting.k}: {error}", SuperpipeWarning, 2)
+            return
+        wanted = self._by_registration(choice.setting)
+        if wanted != self.setting and (wanted in self._tried or len(self._tried) >= _MOST_PLANS):
+            self._settle(index)
+            return
+        self.choice = choice
+        self._say(choice.explain())
+        if wanted == self.setting:
+            self._is_over = True
+            self._has_missed(profile, choice)
+        else:
+            self._change(wanted, index)
+
+    def _by_registration(self, setting: Setting) -> Setting:
+        """The same setting with its policies in the order of registration; units that are not used keep theirs."""
+        policies = list(self._engine.activations.policies())
+        for place, unit in enumerate(self._order):
+            policies[unit] = setting.policy(place)
+        return replace(setting, activations=tuple(policies))
+
+    def _has_missed(self, profile: UnitProfile, choice: Choice) -> bool:
+        """Whether steps take more than predicted; if so it is said."""
+        found = "; ".join(missed(profile.step_s, profile.peak.total, choice.prediction, self._limit))
+        if found:
+            self._tell(f"superpipe: {found}.")
+        return bool(found)
+
+    def _settle(self, index: int) -> None:
+        """Take the fastest of what was tried that fits, for good."""
+        self._is_over = True
+        fits = {
+            setting: outcome
+            for setting, outcome in self._tried.items()
+            if self._limit is None or outcome.peak_bytes <= self._limit
+        }
+        best = min(fits or self._tried, key=lambda setting: self._tried[setting].step_s)
+        self._say(
+            f"k={best.k}, k_prime={best.k_prime}, {best.resident} resident: the fastest of {len(self._tried)} plans "
+            f"tried, {1e3 * self._tried[best].step_s:.4g} ms a step"
+        )
+        if best != self.setting:
+            self._change(best, index)
+
+    def _change(self, setting: Setting, index: int) -> None:
+        try:
+            self._engine.adopt(setting, self._order)
+        except torch.OutOfMemoryError as error:
+            self._is_over = True
+            self._tell(
+                f"superpipe: the device has no room for {setting.k + setting.resident} slots ({error}); the run goes "
+                f"on with {self.setting.k + self.setting.resident}."
+            )
+            return
+        self.setting, self._since, self._num_counted = setting, index, 1
+
+    # -- out of memory
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the step that has begun is the first under the setting in force, which is not the run's first."""
+        return 0 < self._since == self._next or self._has_fallen_back
+
+    def fall_back(self, index: int, reason: str) -> None:
+        """The device had no room for a step: use the next smaller setting from this one on.
+
+        Raises:
+            OutOfDeviceMemory: none is left; the message says what was tried, and what to do.
+        """
+        self._profiler.drop()
+        activations, config = self._engine.activations, self._config
+        units = range(len(self._engine.units))
+        can = [unit for unit in units if activations.is_open(unit) and "recompute" in activations.possible(unit)]
+        setting = smaller(
+            self.setting,
+            opens_k=config.k == "auto",
+            opens_resident=config.resident == "auto",
+            may_recompute=can,
+            num_units=len(units),
+        )
+        if setting is None:
+            raise OutOfDeviceMemory(
+                f"the device has no room for a training step with {_knobs(self.setting)}: {reason} The step has not "
+                "happened: weights, buffers and random numbers are those of the last finished one. Take a smaller "
+                "batch, mark smaller units (units=...), or leave k, resident and activations to 'auto'."
+            )
+        self._is_over = self._is_over or self.choice is not None
+        self._tell(
+            f"superpipe: the device had no room for a step with {_knobs(self.setting)} ({reason}); it is repeated with "
+            f"{_knobs(setting)}."
+        )
+        self._engine.adopt(setting, self._order)
+        self.setting, self._since, self._num_counted = setting, index, _NUM_COUNTED_STEPS
+        self._has_fallen_back = True
+
+    def refusal(self) -> str:
+        """Return what to say of a step that cannot be repeated."""
+        return (
+            f"The device had no room for this step with {_knobs(self.setting)}. Only whole steps of Lightning's "
+            "automatic optimization are repeated under a smaller plan; what this one has changed is undone. Take a "
+            "smaller batch, a smaller k, activations='recompute', or device_memory to plan for less."
+        )
+
+    def _say(self, plan: str) -> None:
+        self.plan = plan
+        self._tell(f"superpipe: {plan}")
+
+
+def _knobs(setting: Setting) -> str:
+    policies = set(setting.activations) or {"keep"}
+    return f"k={setting.k}, {setting.resident} resident, activations {' and '.join(sorted(policies))}"
+
+
+def _size(num_bytes: int) -> str:
+    return naturalsize(num_bytes, binary=True)

@@ -1,0 +1,57 @@
+"""A host that has no room: refused with the numbers before anything is lost, in a process with a low limit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STORY = """
+import resource, sys, warnings
+import torch
+from lightning_superpipe import attach
+from lightning_superpipe.errors import BudgetError
+from tests.engine.tiny import chain
+
+warnings.simplefilter("ignore")
+MIB = 2**20
+spare_mib = int(sys.argv[1])
+model = chain(8, width=512)  # 8 x 4 MiB
+before = {name: value.clone() for name, value in model.state_dict().items()}
+classes = [type(module) for module in model.modules()]
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + spare_mib * MIB, resource.RLIM_INFINITY))
+try:
+    attach(model, device="cpu", k=2)
+    print("no error")
+except BudgetError as error:
+    print(type(error).__name__, error)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert [type(module) for module in model.modules()] == classes
+assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+with attach(model, device="cpu", k=2) as pipe:
+    model(torch.ones(4, 512)).sum().backward()
+assert all(parameter.grad is not None for parameter in model.parameters())
+print("usable")
+"""
+
+
+def story(spare_mib: int) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STORY, str(spare_mib)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def test_a_host_without_room_for_the_units_is_refused_and_the_model_is_as_it_was() -> None:
+    told = story(spare_mib=24)  # room for the slots and for some of the units
+    assert "BudgetError the host has no room for" in told and "bytes" in told and told.endswith("usable\n")
+
+
+def test_a_host_without_room_for_the_slots_is_refused() -> None:
+    told = story(spare_mib=2)
+    assert "BudgetError the device has no room for 2 slots (k=2" in told and told.endswith("usable\n")
