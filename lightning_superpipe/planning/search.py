@@ -216,7 +216,7 @@ class Search:
             if self._k is not None or self._resident is not None:
                 window = self._window(num_slots)
                 return replace(setting, k=window.k, k_prime=window.k_prime, resident=window.resident)
-            k = min(setting.k, num_slots)
+            k = self._n if num_slots == self._n else min(setting.k, num_slots)
             return replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=num_slots - k)
 
         while low < high:
@@ -224,7 +224,7 @@ class Search:
             is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self.predict(sized(middle)).step_s <= limit_s
             low, high = (low, middle) if is_fast else (middle + 1, high)
         setting = sized(low)
-        if self._k is None and self._resident is None:
+        if self._k is None and self._resident is None and low < self._n:
             for k in range(max(2, self._least_k()), min(setting.k, 5)):
                 other = replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=low - k)
                 if self.predict(other).step_s <= limit_s:
@@ -267,14 +267,17 @@ class Search:
         step = self.predict(setting)
         if self._k is not None:
             return "as asked"
-        rest_s = step.stall_s - step.end_stall_s - step.stalls_s[0]
-        if rest_s <= _NO_STALL * step.step_s:
+        waits_s = sum(step.stalls_s[1:])
+        if waits_s <= _NO_STALL * step.step_s:
             return "the smallest without stalls"
+        waits = f"compute waits for {step.stall_s / step.step_s:.0%} of a step"
         more = self._with_slots(setting)
         most = 0 if more is None else more.k + more.resident
+        if setting.k + setting.resident == self._n:
+            return f"every unit has a slot, {waits}"
         if most <= setting.k + setting.resident:
-            return f"all that fits; {step.busiest} is the longest lane"
-        return f"more would not be faster; {step.busiest} is the longest lane"
+            return f"all that fits, {waits}"
+        return f"more would not be faster, {waits}"
 
 
 def _spacing(count: int) -> int:
