@@ -27,13 +27,15 @@ LAYERS: dict[str, set[str]] = {
     "config": {"errors"},
     "planning": {"errors"},
     "tiers": {"errors", "config"},
-    "observe": {"errors", "config"},
+    "observe": {"errors", "config", "planning"},
     "partition": {"errors", "config"},
     "engine": {"errors", "config", "planning", "tiers", "observe", "partition"},
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
     "host_memory": {"errors", "planning", "tiers", "observe", "engine", "optimizer"},
+    "profiling": {"errors", "planning", "observe", "engine"},
     "session": {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
+        "profiling",
     },
     "adapters": {"session", "config", "errors", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming
