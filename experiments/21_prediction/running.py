@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jobs import Job
 
-from lightning_superpipe import attach
+from lightning_superpipe import SuperpipeConfig
+from lightning_superpipe.observe.report import PeakBytes
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.planning import Setting
+from lightning_superpipe.session import Session
 
+DEVICE = torch.device("cpu")
 WARM_UP = 6  # two steps are counted, three are timed for the profile
 
 
@@ -30,7 +32,7 @@ class Run:
     """
 
     step_ms: list[float]
-    peak: Any
+    peak: PeakBytes
     profile: UnitProfile | None
     last_loss: float
 
@@ -40,8 +42,8 @@ class Run:
         return statistics.median(self.step_ms)
 
 
-def run(job: Job, setting: Setting, *, num_steps: int, names: list[str] | None = None) -> Run:
-    """Train with one setting.
+def run(job: Job, setting: Setting, *, num_steps: int, names: Sequence[str] = ()) -> Run:
+    """Train with one setting, as Lightning's loop does.
 
     Args:
         names: of the units, in order of execution; needed where the setting has policies of its own.
@@ -49,32 +51,27 @@ def run(job: Job, setting: Setting, *, num_steps: int, names: list[str] | None =
     gc.collect()
     model, loss_of = job.make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    policies: Any = "keep"
-    if setting.activations:
-        assert names is not None, "policies are given by name"
-        policies = dict(zip(names, setting.activations, strict=True))
+    config = SuperpipeConfig(
+        k=setting.k,
+        k_prime=setting.k_prime,
+        resident=setting.resident,
+        activations=dict(zip(names, setting.activations, strict=True)) if setting.activations else "keep",
+        update=setting.update,
+        units=job.units,
+        link=job.link,
+    )
     begins = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe = attach(
-            model,
-            optimizer,
-            device="cpu",
-            k=setting.k,
-            k_prime=setting.k_prime,
-            resident=setting.resident,
-            activations=policies,
-            update=setting.update,
-            units=job.units,
-            link=job.link,
-        )
-        with pipe:
-            for _ in range(WARM_UP + num_steps + 1):
-                begins.append(time.perf_counter())
-                loss = loss_of(model)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            profile, report = pipe.unit_profile(), pipe.report()
+    session = Session(model, config, DEVICE, trains=True, optimizers=[optimizer])
+    session.attend([optimizer])
+    for _ in range(WARM_UP + num_steps + 1):
+        begins.append(time.perf_counter())
+        with session.step("train"):
+            loss = loss_of(model)
+        session.begin_backward(is_undisturbed=True)
+        loss.backward()
+        session.end_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    session.close()
     step_ms = [1e3 * (end - begin) for begin, end in zip(begins[WARM_UP:], begins[WARM_UP + 1 :], strict=False)]
-    return Run(step_ms, report.peak, profile, loss.item())
+    return Run(step_ms, session.report().peak, session.unit_profile(), loss.item())

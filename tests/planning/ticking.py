@@ -96,83 +96,91 @@ class Ticking:
         return self.h2d.put(self.speeds.h2d.seconds(num_bytes), lambda: update is None or update.is_done)
 
     def _step(self):
-        units, setting, n = self.workload.units, self.setting, len(self.workload.units)
+        setting, n = self.setting, len(self.workload.units)
         slots = min(setting.k + setting.resident, n)
         keep = spread(range(n), slots - min(setting.k, n))
         order = training_order(n, self.workload.lowest)
         plan = lower_window(order, k=slots, k_prime=setting.k_prime, keep=keep)
-        limit = 2 * max(unit.gradient_bytes for unit in units)
-        arrival: dict[int, Job] = {}
-        on_way: list[Job] = []  # gradients
-        batch: int | None = None
-        sent: list[tuple[int, Job]] = []
-        on_host: set[int] = set()
-        back: dict[int, Job] = {}
-        gradients: dict[int, Job] = {}
-        to_ship: int | None = None
+        self.arrival: dict[int, Job] = {}
+        self.on_way: list[Job] = []  # gradients
+        self.batch: int | None = None
+        self.sent: list[tuple[int, Job]] = []
+        self.on_host: set[int] = set()
+        self.back: dict[int, Job] = {}
+        self.gradients: dict[int, Job] = {}
+        self.to_ship: int | None = None
         delayed = []
-
-        def ship():
-            nonlocal to_ship
-            if to_ship is not None and units[to_ship].gradient_bytes:
-                size = units[to_ship].gradient_bytes
-                gradients[to_ship] = self.d2h.put(self.speeds.d2h.seconds(size), lambda: True, size)
-                on_way.append(gradients[to_ship])
-            to_ship = None
-
         for op, unit in plan.actions:
             if op is Op.PREFETCH:
-                if to_ship is None:
-                    arrival[unit] = self._load(unit)
+                if self.to_ship is None:
+                    self.arrival[unit] = self._load(unit)
                 else:
                     delayed.append(unit)
             elif op is Op.FORWARD:
-                yield lambda a=arrival[unit]: a.is_done
-                while sent and (len(sent) > 1 or sent[0][1].is_done):
-                    yield lambda j=sent[0][1]: j.is_done
-                    on_host.add(sent.pop(0)[0])
-                if batch is not None:
-                    seconds = self.speeds.d2h.seconds(units[batch].offload_bytes)
-                    sent.append((batch, self.d2h.put(seconds, lambda: True)))
-                batch = unit if setting.policy(unit) == "offload" and unit >= self.workload.lowest else None
-                yield units[unit].forward_s
-                if unit == n - 1:
-                    yield self.workload.turn_s
+                yield from self._forward(unit)
             elif op is Op.BACKWARD:
-                ship()
-                if setting.policy(unit) == "offload":
-                    while sent and sent[0][1].is_done:
-                        sent.pop(0)
-                    below = [u for u in range(unit) if setting.policy(u) == "offload" and u >= self.workload.lowest]
-                    for each in (unit, *below[-1:]):
-                        if each in on_host:
-                            on_host.remove(each)
-                            seconds = self.speeds.h2d.seconds(units[each].offload_bytes)
-                            back[each] = self.h2d.put(seconds, lambda: True)
-                for each in delayed:
-                    arrival[each] = self._load(each)
+                yield from self._backward(unit, delayed)
                 delayed = []
-                if unit in arrival:
-                    yield lambda a=arrival[unit]: a.is_done
-                if unit in back:
-                    yield lambda a=back[unit]: a.is_done
-                if setting.policy(unit) == "recompute":
-                    yield units[unit].forward_s
-                own = units[unit].gradient_bytes
-                yield lambda own=own: own + sum(j.num_bytes for j in on_way if not j.is_done) <= limit
-                yield units[unit].backward_s
-                to_ship = unit
-        ship()
-        yield lambda: all(job.is_done for job in (*gradients.values(), *(job for _, job in sent)))
-        if setting.update == "in_backward":
+        self._ship()
+        yield lambda: all(job.is_done for job in (*self.gradients.values(), *(job for _, job in self.sent)))
+        yield from self._update()
+        yield self.workload.between_s
+
+    def _offloads(self, unit: int) -> bool:
+        return self.setting.policy(unit) == "offload" and unit >= self.workload.lowest
+
+    def _ship(self) -> None:
+        if self.to_ship is not None and (size := self.workload.units[self.to_ship].gradient_bytes):
+            job = self.gradients[self.to_ship] = self.d2h.put(self.speeds.d2h.seconds(size), lambda: True, size)
+            self.on_way.append(job)
+        self.to_ship = None
+
+    def _forward(self, unit: int):
+        yield lambda: self.arrival[unit].is_done
+        while self.sent and (len(self.sent) > 1 or self.sent[0][1].is_done):
+            yield lambda: self.sent[0][1].is_done
+            self.on_host.add(self.sent.pop(0)[0])
+        if self.batch is not None:
+            seconds = self.speeds.d2h.seconds(self.workload.units[self.batch].offload_bytes)
+            self.sent.append((self.batch, self.d2h.put(seconds, lambda: True)))
+        self.batch = unit if self._offloads(unit) else None
+        yield self.workload.units[unit].forward_s
+        if unit == len(self.workload.units) - 1:
+            yield self.workload.turn_s
+
+    def _backward(self, unit: int, delayed: list[int]):
+        units = self.workload.units
+        self._ship()
+        if self._offloads(unit):
+            while self.sent and self.sent[0][1].is_done:
+                self.sent.pop(0)
+            below = [other for other in range(unit) if self._offloads(other)]
+            for each in (unit, *below[-1:]):
+                if each in self.on_host:
+                    self.on_host.remove(each)
+                    seconds = self.speeds.h2d.seconds(units[each].offload_bytes)
+                    self.back[each] = self.h2d.put(seconds, lambda: True)
+        for each in delayed:
+            self.arrival[each] = self._load(each)
+        yield lambda: unit not in self.arrival or self.arrival[unit].is_done
+        yield lambda: unit not in self.back or self.back[unit].is_done
+        if self.setting.policy(unit) == "recompute":
+            yield units[unit].forward_s
+        limit = 2 * max(other.gradient_bytes for other in units) - units[unit].gradient_bytes
+        yield lambda: sum(job.num_bytes for job in self.on_way if not job.is_done) <= limit
+        yield units[unit].backward_s
+        self.to_ship = unit
+
+    def _update(self):
+        units = self.workload.units
+        if self.setting.update == "in_backward":
             # Each follows its gradient: rebuilt here from when those came home.
             free = max([job.end_s for job in self.updates.values()], default=0.0)
-            for unit, job in gradients.items():
+            for unit, job in self.gradients.items():
                 free = max(free, job.end_s) + units[unit].update_s
                 self.updates[unit] = self.host.put(0.0, lambda at=free: self.now >= at - 1e-9)
-        else:
-            for unit in sorted(gradients):
-                self.updates[unit] = self.host.put(units[unit].update_s, lambda: True)
-            if setting.update == "at_once":
-                yield lambda: not self.host.jobs
-        yield self.workload.between_s
+            return
+        for unit in sorted(self.gradients):
+            self.updates[unit] = self.host.put(units[unit].update_s, lambda: True)
+        if self.setting.update == "at_once":
+            yield lambda: not self.host.jobs
