@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -126,15 +126,27 @@ def _link(gb_s: float) -> Link:
 
 
 def jobs() -> list[Job]:
-    """All models of this experiment."""
+    """All models whose settings are predicted."""
     uneven = [2.0, 4.0, 6.0, 4.0] * 3
     even = told([4.0] * 12, [5.0] * 12, [3.0] * 12)
     varied = told(uneven, [1.5 * size for size in uneven], [0.5 * size for size in uneven])
-    base = [
+    return [
         Job("even, compute-bound", even, "Block", _link(2.0), True),
         Job("even, transfer-bound", even, "Block", _link(0.4), True),
         Job("uneven, balanced", varied, "Block", _link(0.8), True),
         Job("GPT-2", gpt2(192, 8, 8), "GPT2Block", _link(0.4), False),
-        Job("Llama", llama(192, 8, 8), "LlamaDecoderLayer", _link(0.25), False),
+        Job("Llama", llama(192, 8, 8), "LlamaDecoderLayer", _link(0.4), False),
     ]
-    return [replace(job) for job in base]
+
+
+def sweep_jobs() -> list[Job]:
+    """Those of the sweep: smaller, since each is run with every setting."""
+    small = told([3.0] * 8, [3.0] * 8, [3.0] * 8)
+    uneven = [1.5, 3.0, 4.5, 3.0] * 2
+    varied = told(uneven, [1.0 * size for size in uneven], [1.2 * size for size in uneven])
+    return [
+        Job("fast link", small, "Block", _link(2.0), True),
+        Job("balanced link", small, "Block", _link(0.75), True),
+        Job("slow link", small, "Block", _link(0.3), True),
+        Job("uneven units", varied, "Block", _link(0.75), True),
+    ]

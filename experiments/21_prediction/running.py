@@ -27,13 +27,13 @@ class Run:
 
     Attributes:
         step_ms: of each step, from its beginning to the next one's.
-        peak: device bytes by kind.
+        peak: device bytes by kind, in the second step: the first allocates what later ones use again.
         profile: of the first steps.
     """
 
     step_ms: list[float]
     peak: PeakBytes
-    profile: UnitProfile | None
+    profile: UnitProfile
     last_loss: float
 
     @property
@@ -74,4 +74,6 @@ def run(job: Job, setting: Setting, *, num_steps: int, names: Sequence[str] = ()
         optimizer.zero_grad()
     session.close()
     step_ms = [1e3 * (end - begin) for begin, end in zip(begins[WARM_UP:], begins[WARM_UP + 1 :], strict=False)]
-    return Run(step_ms, session.report().peak, session.unit_profile(), loss.item())
+    profile = session.unit_profile()
+    assert profile is not None, "three steps were timed"
+    return Run(step_ms, profile.peak, profile, loss.item())
