@@ -39,6 +39,7 @@ def settings(num_units: int) -> list[tuple[str, Setting]]:
 
 def compare(job: Job, num_steps: int) -> dict[str, Any]:
     """Profile one setting, predict the others, run them."""
+    run(job, BASE, num_steps=1)  # a process's first steps are slower: memory is new, threads start
     profile = run(job, BASE, num_steps=1).profile
     names, rows = [unit.name for unit in profile.workload.units], []
     for policy, setting in settings(len(names)):

@@ -57,6 +57,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._recent_peak = 0
         self._apart: set[int] = set()  # storages that count in all, but not in the rest
         self._apart_bytes = self._recent_rest = 0
+        self._has_run = False  # an operation, since the rest was asked for
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -90,13 +91,15 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if (key := _key(storage)) in self._sizes and key not in self._apart:
                     self._apart.add(key)
                     self._apart_bytes += self._sizes[key]
+            if not self._has_run:
+                self._recent_rest = self._current - self._apart_bytes
 
     def take_recent_rest(self) -> tuple[int, int]:
         """Return bytes without what was set apart: the most since the last call (or the start), and now."""
         with self._lock:
             self._bury()
             now = self._current - self._apart_bytes
-            recent, self._recent_rest = self._recent_rest, now
+            recent, self._recent_rest, self._has_run = self._recent_rest, now, False
             return recent, now
 
     def leave_out(self, tensor: torch.Tensor) -> None:
@@ -137,6 +140,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(storage, given)
             self._peak = max(self._peak, self._current)
             self._recent_peak = max(self._recent_peak, self._current)
+            self._has_run = True
             self._recent_rest = max(self._recent_rest, self._current - self._apart_bytes)
         return result
 

@@ -26,7 +26,8 @@ class Search:
     """All settings that are left open, and the fastest of them.
 
     Args:
-        fits: whether a setting keeps within all limits; with more slots it never begins to fit.
+        fits: whether a setting keeps within all limits, as counted; with more slots it never begins to fit.
+        keeps: whether it does so when played, since copies may be late.
         k, k_prime, resident: as asked for, None where open.
         policies: as asked for, of each unit.
         most_micro_batches: allowed.
@@ -44,6 +45,7 @@ class Search:
         workload: Workload,
         speeds: Speeds,
         fits: Callable[[Setting], bool],
+        keeps: Callable[[Prediction], bool],
         *,
         k: int | None,
         k_prime: int | None,
@@ -53,7 +55,8 @@ class Search:
         update: str,
     ) -> None:
         n = self._n = len(workload.units)
-        self._workload, self._speeds, self._fits, self._update = workload, speeds, fits, update
+        self._workload, self._speeds, self._update = workload, speeds, update
+        self._fits, self._keeps = fits, keeps
         self._k = None if k is None else min(k, n)
         self._k_prime = None if k_prime is None else min(k_prime, n if self._k is None else self._k)
         self._resident, self._policies = resident, list(policies)
@@ -75,6 +78,11 @@ class Search:
         if found is None:
             found = self._played[setting] = simulate(self._workload, self._speeds, setting)
         return found
+
+    def _seconds(self, setting: Setting) -> float:
+        """The time of a step; infinite if it takes more than is allowed."""
+        prediction = self.predict(setting)
+        return prediction.step_s if self._keeps(prediction) else math.inf
 
     # -- what there is
 
@@ -165,6 +173,13 @@ class Search:
             low, high = (middle, high) if self._fits(sized(middle)) else (low, middle - 1)
         return sized(low)
 
+    def _with_fewer_slots(self, setting: Setting) -> Setting | None:
+        num_slots = setting.k + setting.resident - 1
+        if num_slots < self._slot_range()[0]:
+            return None
+        window = self._window(num_slots)
+        return replace(setting, k=window.k, k_prime=window.k_prime, resident=window.resident)
+
     # -- the best
 
     def best(self) -> Setting | None:
@@ -182,8 +197,11 @@ class Search:
             bound_s, _, setting, mix = heapq.heappop(waiting)
             if best is not None and bound_s >= best[0] * (1 - self.tie):
                 break
-            seconds = self.predict(setting).step_s
-            if best is None or seconds < best[0] * (1 - self.tie):
+            seconds = self._seconds(setting)
+            if math.isinf(seconds):
+                if (smaller := self._with_fewer_slots(setting)) is not None:
+                    heapq.heappush(waiting, (self._bounds.seconds(smaller), -self.num_simulated, smaller, mix))
+            elif best is None or seconds < best[0] * (1 - self.tie):
                 best = seconds, setting, mix
         if best is None:
             return None
@@ -203,7 +221,7 @@ class Search:
                 limit_s = self.predict(setting).step_s * (1 - self.tie / 5)
                 if found is None or self._bounds.seconds(found) >= limit_s:
                     continue
-                if self.predict(found).step_s < limit_s:
+                if self._seconds(found) < limit_s:
                     setting, mix = found, other
             step //= 2
         return setting
@@ -217,7 +235,7 @@ class Search:
             for k_prime in (1, 2) if self._k_prime is None else (self._k_prime,):
                 if k_prime <= k <= num_slots:
                     other = replace(setting, k=k, k_prime=k_prime, resident=num_slots - k)
-                    if self.predict(other).step_s < self.predict(setting).step_s * (1 - self.tie / 5):
+                    if self._seconds(other) < self.predict(setting).step_s * (1 - self.tie / 5):
                         setting = other
         return setting
 
@@ -236,13 +254,13 @@ class Search:
 
         while low < high:
             middle = (low + high) // 2
-            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self.predict(sized(middle)).step_s <= limit_s
+            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self._seconds(sized(middle)) <= limit_s
             low, high = (low, middle) if is_fast else (middle + 1, high)
         setting = sized(low)
         if self._k is None and self._resident is None and low < self._n:
             for k in range(max(2, self._least_k()), min(setting.k, 5)):
                 other = replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=low - k)
-                if self.predict(other).step_s <= limit_s:
+                if self._seconds(other) <= limit_s:
                     return other
         return setting
 

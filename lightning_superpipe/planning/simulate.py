@@ -132,6 +132,7 @@ class _Run:
         self.away: set[int] = set()
         self.returning: dict[int, Copying] = {}
         self.landed: list[tuple[int, Copying]] = []
+        self.lingering: list[tuple[Copying, int]] = []
         self.peak, self.peak_at = DeviceBytes(), ""
 
     # -- plans
@@ -293,11 +294,17 @@ class _Run:
         self._note_backward_peak(index, took - own, own)
         self._compute(unit.backward_s)
         self.held_bytes -= self.saved_bytes[index]
+        # What is still on its way home stays until it is there, needed or not.
+        self.lingering += [(copying, unit.offload_bytes) for sender, copying in self.sent if sender == index]
         self.to_flush = index if self._is_trained(index) else -1
 
     def _note_backward_peak(self, index: int, took: int, own: int) -> None:
         while self.gradients and self.link.is_over(self.gradients[0][0], self.now):
             self._let_go_of_gradients()
+        self.lingering = [
+            (copying, size) for copying, size in self.lingering if not self.link.is_over(copying, self.now)
+        ]
+        took += sum(size for _, size in self.lingering)
         self._note_peak(took, self.gradient_bytes + own, Op.BACKWARD, index)
 
     def _let_go_of_gradients(self) -> None:

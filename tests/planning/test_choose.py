@@ -22,13 +22,13 @@ from lightning_superpipe.planning import (
     simulate,
     smallest_free_batch,
 )
-from lightning_superpipe.planning.choose import needed_bytes
+from lightning_superpipe.planning.choose import ACTIVATION_MARGIN, needed_bytes
 from lightning_superpipe.planning.need import host_use
 
 from .workloads import POLICIES, machine, workloads
 
 MIB = 1 << 20
-some = settings(max_examples=40, deadline=None)
+some = settings(max_examples=25, deadline=None)
 
 
 def model(n, *, seed=0, **work):
@@ -68,9 +68,11 @@ def exhaustive(workload, speeds, limits):
         for k in range(1, n + 1):
             for k_prime, resident in itertools.product(range(1, k + 1), range(n - k + 1)):
                 setting = Setting(k, k_prime, resident, policies)
-                if needed_bytes(workload, setting).total <= limits.device_bytes:
-                    seconds = simulate(workload, speeds, setting).step_s
-                    best = seconds if best is None else min(best, seconds)
+                if needed_bytes(workload, setting).total > limits.device_bytes:
+                    continue
+                step = simulate(workload, speeds, setting)
+                if step.peak.total + int(ACTIVATION_MARGIN * step.peak.activations) <= limits.device_bytes:
+                    best = step.step_s if best is None else min(best, step.step_s)
     return best
 
 
@@ -145,7 +147,7 @@ def test_what_was_asked_for_stays():
 
 def test_units_get_only_policies_that_they_allow():
     workload = model(12, policies=("keep", "offload"))
-    setting = choose(workload, link(25), Limits(device_bytes=int(1.4 * (1 << 30)))).setting
+    setting = choose(workload, link(25), Limits(device_bytes=1 << 30)).setting
     assert set(setting.activations) == {"keep", "offload"}
 
 
