@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.staging import NUM_BUFFERS
 from lightning_superpipe.engine.wire import Wire
-from lightning_superpipe.observe.host_bytes import HostBytes, storage_bytes
+from lightning_superpipe.observe.host_bytes import HostBytes, available_bytes, storage_bytes
 from lightning_superpipe.optimizer.masters import MASTER, wants_master
 from lightning_superpipe.optimizer.state_size import missing_state_bytes
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.host_budget import HostNeed
 from lightning_superpipe.tiers import Tier
 
-__all__ = ["held_bytes", "host_need", "training_bytes"]
+__all__ = ["held_bytes", "host_limit", "host_need", "require_host", "training_bytes"]
 
 _MASTER_BYTES = torch.float32.itemsize
 
@@ -59,6 +60,24 @@ def host_need(
     )
     held = weights + has_gradients + states
     return HostNeed(weights, staging, gradients, states + missing, masters, held)
+
+
+def require_host(
+    root: nn.Module, optimizers: Sequence[Optimizer], config: SuperpipeConfig, device_need: MemoryNeed, wire: Wire
+) -> None:
+    """Make sure that the host can hold what is known of a training.
+
+    Raises:
+        BudgetError: it cannot.
+    """
+    need = host_need(root, optimizers, device_need, wire, with_masters=config.master_weights is not None)
+    limit = config.host_memory if isinstance(config.host_memory, int) else None
+    need.check(available=available_bytes(), limit=limit)
+
+
+def host_limit(config: SuperpipeConfig, held: HostBytes) -> int:
+    """Return the bytes that all kinds may take on the host together, those that are held included."""
+    return config.host_memory if isinstance(config.host_memory, int) else available_bytes() + held.total
 
 
 def held_bytes(root: nn.Module, optimizers: Iterable[Optimizer], tier: Tier, *, scratch_bytes: int) -> HostBytes:

@@ -22,8 +22,8 @@ from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
 from lightning_superpipe.errors import UnsupportedError
-from lightning_superpipe.host_memory import held_bytes, host_need, training_bytes
-from lightning_superpipe.observe.host_bytes import HostBytes, available_bytes
+from lightning_superpipe.host_memory import held_bytes, host_limit, require_host, training_bytes
+from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
@@ -139,21 +139,14 @@ class Session:
         )
 
     def _host_limit(self) -> int:
-        """Bytes that all kinds may take on the host together."""
-        if isinstance(self.config.host_memory, int):
-            return self.config.host_memory
-        return available_bytes() + self._held().total
+        return host_limit(self.config, self._held())
 
     def _held(self) -> HostBytes:
         scratch = 0 if self._masters is None else self._masters.scratch_bytes
         return held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch)
 
     def _require_host(self) -> None:
-        """Raise if the host cannot hold what is known of this training."""
-        with_masters = self.config.master_weights is not None
-        need = host_need(self._root, self._optimizers, self._need, self._wire, with_masters=with_masters)
-        limit = self.config.host_memory if isinstance(self.config.host_memory, int) else None
-        need.check(available=available_bytes(), limit=limit)
+        require_host(self._root, self._optimizers, self.config, self._need, self._wire)
 
     @property
     def _device_updates(self) -> DeviceUpdates | None:
@@ -243,6 +236,7 @@ class Session:
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, counters_of(self._engine)
         self._engine.gradients.on_handed_over = self._meter.leave_out if self._is_counted else None
+        self._engine.gradients.on_leaving = self._meter.set_apart if self._is_counted else None
 
     def _finish_step(self) -> None:
         """Close the books of the training step before, if one is open."""

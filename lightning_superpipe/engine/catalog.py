@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.engine.anchors import Anchors
+from lightning_superpipe.engine.pending import unfenced
 from lightning_superpipe.engine.unit import Unit
 
 __all__ = ["Catalog", "Promotion"]
@@ -166,7 +167,8 @@ class Catalog:
             bound: list[Tensor] = [] if root is None else [*root.parameters(), *root.buffers()]
             hosts = [(self.host_of(tensor), tensor) for tensor in bound]  # a unit may be running
             tensors = [tensor if host is None else host for host, tensor in hosts]
-            self._by_address = {t.untyped_storage().data_ptr(): t for t in tensors if t.layout is torch.strided}
+            with unfenced():  # where they are is known while they are updated
+                self._by_address = {t.untyped_storage().data_ptr(): t for t in tensors if t.layout is torch.strided}
         return self._by_address
 
     def clear(self) -> None:

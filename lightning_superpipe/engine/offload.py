@@ -212,6 +212,8 @@ class Offload:
         parcels = [parcel for parcel in batch.alive() if parcel.device_bytes is None]
         if not parcels:
             return
+        # Before anything is allocated: what has arrived is the graph's to hold.
+        self._arriving = [(target, event) for target, event in self._arriving if not event.query()]
         for parcel in parcels:
             parcel.device_bytes = _empty(parcel.num_bytes, self._lanes.device)
         # Compute that is still queued may use what that memory was before. The copies home are done: we waited for them
@@ -221,7 +223,6 @@ class Offload:
             Copy(parcel.device_bytes, parcel.host_bytes()) for parcel in parcels if parcel.device_bytes is not None
         ]
         arrival = self._lanes.h2d(copies, after=after, label=batch.label)
-        self._arriving = [(target, event) for target, event in self._arriving if not event.query()]
         self._arriving += [(copy.target, arrival) for copy in copies]
         for parcel in parcels:
             assert parcel.place is not None

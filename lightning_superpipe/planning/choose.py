@@ -115,7 +115,10 @@ class Choice:
 
 def needed_bytes(workload: Workload, setting: Setting) -> DeviceBytes:
     """Return the device bytes to allow for a setting, with the margin on activations."""
-    need = device_need(workload, setting)
+    return _with_margin(device_need(workload, setting))
+
+
+def _with_margin(need: DeviceBytes) -> DeviceBytes:
     return need._replace(activations=need.activations + int(ACTIVATION_MARGIN * need.activations))
 
 
@@ -174,10 +177,14 @@ def _search(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) ->
             beside_slots[key] = room_for_slots(setting)
         return num_slots(workload, setting) * workload.slot_bytes <= beside_slots[key]
 
+    def keeps(prediction: Prediction) -> bool:
+        return limits.device_bytes is None or _with_margin(prediction.peak).total <= limits.device_bytes
+
     return Search(
         workload,
         speeds,
         fits,
+        keeps,
         k=asked.k,
         k_prime=asked.k_prime,
         resident=asked.resident,

@@ -1,4 +1,4 @@
-"""The memory that a setting needs, whatever the timing: no step, simulated or real, holds more."""
+"""The memory that a setting needs, counted without playing it: what activations that travel do not hold up."""
 
 from __future__ import annotations
 
@@ -51,45 +51,52 @@ def forward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
 
 
 def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
-    """Return the most that a backward takes beside what is held, its gradients included."""
+    """Return the most that a backward takes beside what is held, its own gradients included."""
     if policy != "recompute":
         return unit.backward_bytes
     parts = micro_batches if unit.splits else 1
-    took = max(unit.forward_bytes, unit.activation_bytes + unit.backward_bytes)
+    took = unit.activation_bytes - unit.input_bytes + unit.backward_bytes
     return took if parts == 1 else took // parts + unit.gradient_bytes + unit.input_bytes
 
 
 def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
-    """Return device bytes by kind, each as large as it can be at the worst moment of its own.
+    """Return device bytes by kind at the worst moment, gradients as far behind as they may be.
+
+    Offloaded activations are counted as where the link keeps up with them; behind a slower one a step may hold more,
+    which the simulation tells.
 
     >>> unit = UnitWork("h", 10, 10, activation_bytes=5, input_bytes=1, offload_bytes=4, forward_bytes=6)
     >>> device_need(Workload((unit,) * 4, anchor_bytes=3), Setting(k=2))
-    DeviceBytes(slots=20, anchors=3, gradients=20, activations=21)
+    DeviceBytes(slots=20, anchors=3, gradients=20, activations=10)
     >>> device_need(Workload((unit,) * 4), Setting(k=2, activations=("recompute",) * 4)).activations
     9
     """
-    units, micro_batches = workload.units, setting.micro_batches
-    policies = [setting.policy(index) for index in range(len(units))]
-    held, worst = 0, 0
+    units, micro_batches, limit = workload.units, setting.micro_batches, gradient_limit_bytes(workload)
+    held, worst, above = 0, (0, 0), sum(unit.gradient_bytes for unit in units[workload.lowest :])
     offloaded: list[int] = []  # of units so far
-    backwards: list[tuple[int, int]] = []  # held before a backward, and taken by it
-    for index, (unit, policy) in enumerate(zip(units, policies, strict=True)):
-        on_way = sum(offloaded[-_NUM_SENT:])
-        worst = max(worst, held + on_way + forward_peak_bytes(unit, policy, micro_batches))
+    for index, unit in enumerate(units):
+        policy = setting.policy(index)
+        took = held + sum(offloaded[-_NUM_SENT:]) + forward_peak_bytes(unit, policy, micro_batches)
+        worst = max(worst, (took, 0), key=sum)
         saved = saved_bytes(workload, setting, index)
         if saved and policy == "offload":
             offloaded.append(unit.offload_bytes)
             saved -= unit.offload_bytes
         held += saved
-        if workload.trains and index >= workload.lowest:
-            took = backward_peak_bytes(unit, policy, micro_batches)
-            near = sum(offloaded[-_NUM_SENT - 1 :])
-            backwards.append((held + near, took - min(took, unit.gradient_bytes)))
+        if not workload.trains or index < workload.lowest:
+            continue
+        above -= unit.gradient_bytes
+        num_near = _NUM_SENT + (index == len(units) - 1)
+        near = held + sum(offloaded[-num_near:])
+        backward = backward_peak_bytes(unit, policy, micro_batches)
+        own = min(backward, unit.gradient_bytes)
+        worst = max(worst, (near + backward - own, min(limit, own + above)), key=sum)
+        if policy == "recompute":
+            worst = max(worst, (near + forward_peak_bytes(unit, policy, micro_batches), min(limit, above)), key=sum)
     if workload.trains:
-        worst = max(worst, held + sum(offloaded[-_NUM_SENT - 1 :]) + workload.turn_bytes)
-        worst = max(worst, max((held + took for held, took in backwards), default=0))
+        worst = max(worst, (held + sum(offloaded[-_NUM_SENT - 1 :]) + workload.turn_bytes, 0), key=sum)
     slots = num_slots(workload, setting) * workload.slot_bytes
-    return DeviceBytes(slots, workload.anchor_bytes, gradient_limit_bytes(workload), worst)
+    return DeviceBytes(slots, workload.anchor_bytes, worst[1], worst[0])
 
 
 def host_use(workload: Workload, setting: Setting) -> HostUse:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from lightning_superpipe.planning.workload import Setting, Speeds, Workload
 __all__ = ["Search"]
 
 _NUM_LEVELS = 9  # counts of units with another policy than to keep are tried at so many levels, then closer
+_MOST_MIXES = 100  # up to so many ways to give policies to units are all tried
 _WINDOWS = (2, 3, 4, 6, 8)
 _MOST_PLAYED_UNITS = 8000  # so many units may be played in all: bounds order settings well, so the best come early
 _NO_STALL = 0.01  # of a step
@@ -23,7 +26,8 @@ class Search:
     """All settings that are left open, and the fastest of them.
 
     Args:
-        fits: whether a setting keeps within all limits; with more slots it never begins to fit.
+        fits: whether a setting keeps within all limits, as counted; with more slots it never begins to fit.
+        keeps: whether it does so when played, since copies may be late.
         k, k_prime, resident: as asked for, None where open.
         policies: as asked for, of each unit.
         most_micro_batches: allowed.
@@ -41,6 +45,7 @@ class Search:
         workload: Workload,
         speeds: Speeds,
         fits: Callable[[Setting], bool],
+        keeps: Callable[[Prediction], bool],
         *,
         k: int | None,
         k_prime: int | None,
@@ -50,7 +55,8 @@ class Search:
         update: str,
     ) -> None:
         n = self._n = len(workload.units)
-        self._workload, self._speeds, self._fits, self._update = workload, speeds, fits, update
+        self._workload, self._speeds, self._update = workload, speeds, update
+        self._fits, self._keeps = fits, keeps
         self._k = None if k is None else min(k, n)
         self._k_prime = None if k_prime is None else min(k_prime, n if self._k is None else self._k)
         self._resident, self._policies = resident, list(policies)
@@ -72,6 +78,11 @@ class Search:
         if found is None:
             found = self._played[setting] = simulate(self._workload, self._speeds, setting)
         return found
+
+    def _seconds(self, setting: Setting) -> float:
+        """The time of a step; infinite if it takes more than is allowed."""
+        prediction = self.predict(setting)
+        return prediction.step_s if self._keeps(prediction) else math.inf
 
     # -- what there is
 
@@ -105,12 +116,23 @@ class Search:
             policies[index] = "recompute"
         return tuple(policies)
 
-    def _mixes(self) -> Iterator[tuple[int, int]]:
+    def _mixes(self) -> Iterator[tuple[tuple[str, ...], tuple[int, int] | None]]:
+        """Policies to try, and how many units recompute and offload; None where all there are are tried."""
+        open_policies = [self._open_policies(index) for index in range(self._n)]
+        if math.prod(len(each) for each in open_policies) <= _MOST_MIXES:
+            yield from ((policies, None) for policies in itertools.product(*open_policies))
+            return
         recomputes, offloads = len(self._can_recompute), len(self._can_offload)
         for num_offloaded in _levels(offloads):
             for num_recomputed in _levels(recomputes):
                 if num_offloaded + num_recomputed <= max(recomputes, offloads):
-                    yield num_recomputed, num_offloaded
+                    yield self._mix(num_recomputed, num_offloaded), (num_recomputed, num_offloaded)
+
+    def _open_policies(self, index: int) -> list[str]:
+        if (asked := self._policies[index]) is not None:
+            return [asked]
+        others = {"recompute": self._can_recompute, "offload": self._can_offload}
+        return ["keep", *(policy for policy, units in others.items() if index in units)]
 
     def _least_k(self) -> int:
         if self._k is not None:
@@ -151,29 +173,40 @@ class Search:
             low, high = (middle, high) if self._fits(sized(middle)) else (low, middle - 1)
         return sized(low)
 
+    def _with_fewer_slots(self, setting: Setting) -> Setting | None:
+        num_slots = setting.k + setting.resident - 1
+        if num_slots < self._slot_range()[0]:
+            return None
+        window = self._window(num_slots)
+        return replace(setting, k=window.k, k_prime=window.k_prime, resident=window.resident)
+
     # -- the best
 
     def best(self) -> Setting | None:
         """Return the fastest setting, with no more slots than it needs; None if none fits."""
-        waiting: list[tuple[float, int, Setting, tuple[int, int]]] = []
+        waiting: list[tuple[float, int, Setting, tuple[int, int] | None]] = []
         for parts in self._micro_batches:
-            for mix in self._mixes():
-                if (parts > 1) > bool(mix[0] or "recompute" in self._policies):
+            for policies, mix in self._mixes():
+                if parts > 1 and "recompute" not in policies:
                     continue
-                base = replace(self._window(1), activations=self._mix(*mix), micro_batches=parts)
+                base = replace(self._window(1), activations=policies, micro_batches=parts)
                 if (setting := self._with_slots(base)) is not None:
                     heapq.heappush(waiting, (self._bounds.seconds(setting), len(waiting), setting, mix))
-        best: tuple[float, Setting, tuple[int, int]] | None = None
+        best: tuple[float, Setting, tuple[int, int] | None] | None = None
         while waiting and self.num_simulated < self._most_played // 2:
             bound_s, _, setting, mix = heapq.heappop(waiting)
             if best is not None and bound_s >= best[0] * (1 - self.tie):
                 break
-            seconds = self.predict(setting).step_s
-            if best is None or seconds < best[0] * (1 - self.tie):
+            seconds = self._seconds(setting)
+            if math.isinf(seconds):
+                if (smaller := self._with_fewer_slots(setting)) is not None:
+                    heapq.heappush(waiting, (self._bounds.seconds(smaller), -self.num_simulated, smaller, mix))
+            elif best is None or seconds < best[0] * (1 - self.tie):
                 best = seconds, setting, mix
         if best is None:
             return None
-        return self._smallest_as_fast(self._best_window(self._closer(best[1], best[2])))
+        _, setting, mix = best
+        return self._smallest_as_fast(self._best_window(setting if mix is None else self._closer(setting, mix)))
 
     def _closer(self, setting: Setting, mix: tuple[int, int]) -> Setting:
         """Look between the levels at which policies were tried."""
@@ -188,7 +221,7 @@ class Search:
                 limit_s = self.predict(setting).step_s * (1 - self.tie / 5)
                 if found is None or self._bounds.seconds(found) >= limit_s:
                     continue
-                if self.predict(found).step_s < limit_s:
+                if self._seconds(found) < limit_s:
                     setting, mix = found, other
             step //= 2
         return setting
@@ -202,7 +235,7 @@ class Search:
             for k_prime in (1, 2) if self._k_prime is None else (self._k_prime,):
                 if k_prime <= k <= num_slots:
                     other = replace(setting, k=k, k_prime=k_prime, resident=num_slots - k)
-                    if self.predict(other).step_s < self.predict(setting).step_s * (1 - self.tie / 5):
+                    if self._seconds(other) < self.predict(setting).step_s * (1 - self.tie / 5):
                         setting = other
         return setting
 
@@ -216,18 +249,18 @@ class Search:
             if self._k is not None or self._resident is not None:
                 window = self._window(num_slots)
                 return replace(setting, k=window.k, k_prime=window.k_prime, resident=window.resident)
-            k = min(setting.k, num_slots)
+            k = self._n if num_slots == self._n else min(setting.k, num_slots)
             return replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=num_slots - k)
 
         while low < high:
             middle = (low + high) // 2
-            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self.predict(sized(middle)).step_s <= limit_s
+            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self._seconds(sized(middle)) <= limit_s
             low, high = (low, middle) if is_fast else (middle + 1, high)
         setting = sized(low)
-        if self._k is None and self._resident is None:
+        if self._k is None and self._resident is None and low < self._n:
             for k in range(max(2, self._least_k()), min(setting.k, 5)):
                 other = replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=low - k)
-                if self.predict(other).step_s <= limit_s:
+                if self._seconds(other) <= limit_s:
                     return other
         return setting
 
@@ -244,8 +277,8 @@ class Search:
     def any_fitting(self) -> Setting | None:
         """Any setting that fits, without playing it; the first in order."""
         for parts in self._micro_batches:
-            for mix in self._mixes():
-                base = replace(self._window(1), activations=self._mix(*mix), micro_batches=parts)
+            for policies, _ in self._mixes():
+                base = replace(self._window(1), activations=policies, micro_batches=parts)
                 if (setting := self._with_slots(base)) is not None:
                     return setting
         return None
@@ -254,9 +287,9 @@ class Search:
         """The setting that needs least, whether it fits or not."""
         window = self._window(self._slot_range()[0])
         settings = [
-            replace(window, activations=self._mix(*mix), micro_batches=parts)
+            replace(window, activations=policies, micro_batches=parts)
             for parts in self._micro_batches
-            for mix in self._mixes()
+            for policies, _ in self._mixes()
         ]
         return min(settings, key=need)
 
@@ -267,14 +300,17 @@ class Search:
         step = self.predict(setting)
         if self._k is not None:
             return "as asked"
-        rest_s = step.stall_s - step.end_stall_s - step.stalls_s[0]
-        if rest_s <= _NO_STALL * step.step_s:
+        waits_s = sum(step.stalls_s[1:])
+        if waits_s <= _NO_STALL * step.step_s:
             return "the smallest without stalls"
+        waits = f"compute waits for {step.stall_s / step.step_s:.0%} of a step"
         more = self._with_slots(setting)
         most = 0 if more is None else more.k + more.resident
+        if setting.k + setting.resident == self._n:
+            return f"every unit has a slot, {waits}"
         if most <= setting.k + setting.resident:
-            return f"all that fits; {step.busiest} is the longest lane"
-        return f"more would not be faster; {step.busiest} is the longest lane"
+            return f"all that fits, {waits}"
+        return f"more would not be faster, {waits}"
 
 
 def _spacing(count: int) -> int:

@@ -132,6 +132,7 @@ class _Run:
         self.away: set[int] = set()
         self.returning: dict[int, Copying] = {}
         self.landed: list[tuple[int, Copying]] = []
+        self.lingering: list[tuple[Copying, int]] = []
         self.peak, self.peak_at = DeviceBytes(), ""
 
     # -- plans
@@ -282,22 +283,29 @@ class _Run:
         self._require(index)
         if (returning := self.returning.pop(index, None)) is not None:
             self._wait(returning, index)
-        recomputes = self.policies[index] == "recompute"
-        self._compute(unit.forward_s if recomputes else 0.0)
+        if self.policies[index] == "recompute":
+            self._note_backward_peak(index, forward_peak_bytes(unit, "recompute", self.setting.micro_batches), 0)
+            self._compute(unit.forward_s)
         while self.gradients and self.gradient_bytes + unit.gradient_bytes > self.limit_bytes:
             self._wait(self.gradients[0][0], index)
             self._let_go_of_gradients()
-        self._note_backward_peak(index)
+        took = backward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
+        own = min(took, unit.gradient_bytes)
+        self._note_backward_peak(index, took - own, own)
         self._compute(unit.backward_s)
         self.held_bytes -= self.saved_bytes[index]
+        # What is still on its way home stays until it is there, needed or not.
+        self.lingering += [(copying, unit.offload_bytes) for sender, copying in self.sent if sender == index]
         self.to_flush = index if self._is_trained(index) else -1
 
-    def _note_backward_peak(self, index: int) -> None:
+    def _note_backward_peak(self, index: int, took: int, own: int) -> None:
         while self.gradients and self.link.is_over(self.gradients[0][0], self.now):
             self._let_go_of_gradients()
-        took = backward_peak_bytes(self.units[index], self.policies[index], self.setting.micro_batches)
-        own = min(took, self.units[index].gradient_bytes)
-        self._note_peak(took - own, self.gradient_bytes + own, Op.BACKWARD, index)
+        self.lingering = [
+            (copying, size) for copying, size in self.lingering if not self.link.is_over(copying, self.now)
+        ]
+        took += sum(size for _, size in self.lingering)
+        self._note_peak(took, self.gradient_bytes + own, Op.BACKWARD, index)
 
     def _let_go_of_gradients(self) -> None:
         self.gradient_bytes -= self.gradients.popleft()[1]

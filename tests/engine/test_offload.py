@@ -23,6 +23,7 @@ from tests.engine.held_lanes import HeldLanes
 from tests.engine.late_lanes import LANE_ORDERS, LaneOrder, LateCompute, LateLanes
 from tests.engine.policies import choices
 from tests.engine.tiny import CPU, WIDTH, Block, Chain, Result, batches, chain, is_equal, open_engine, train
+from tests.optimizer.late_updates import LateStage
 
 pytestmark = pytest.mark.usefixtures("everything_travels")
 
@@ -297,3 +298,23 @@ def test_weights_and_anchors_never_travel_as_activations() -> None:
     assert sent
     assert tied.weight.untyped_storage().data_ptr() not in sent
     assert not slots & set(sent)
+
+
+def test_offloading_waits_for_no_update_but_its_own_units():
+    """Where tensors lie is asked in forward, while units further on are still being updated."""
+    module = chain(NUM_BLOCKS)
+    with open_engine(
+        module, ThreadLanes(CPU, None, max_delay_ms=0.1), k=2, choices=choices(Policy.OFFLOAD, NUM_BLOCKS)
+    ) as engine:
+        stage = LateStage(engine)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        stage.attend([optimizer])
+        waiting: list[int] = []
+        module.blocks[1].register_forward_pre_hook(lambda *_: waiting.append(stage.lane.num_waiting))
+        for x in batches(3):  # the first step makes the states, all at once
+            with engine.step("train"):
+                loss = module(x).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+        stage.close()
+    assert waiting[2] >= 1

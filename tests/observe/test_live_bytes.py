@@ -237,3 +237,17 @@ def test_count_equals_the_allocator_of_a_gpu_through_backward() -> None:
         model(x).square().mean().backward()
     held = torch.cuda.memory_allocated() - before
     assert live.current_bytes <= held <= live.current_bytes + 512 * 16  # blocks of the allocator are rounded up
+
+
+def test_what_is_set_apart_counts_in_all_but_not_in_the_rest() -> None:
+    with LiveBytes("cpu") as live:
+        gradient, other = torch.zeros(64) + 1, torch.zeros(16) + 1
+        assert live.take_recent_rest()[1] == 320
+        live.set_apart(gradient)  # nothing has run since: the rest begins without it
+        live.set_apart(gradient)
+        assert (live.current_bytes, live.take_recent_rest()) == (320, (64, 64))
+        more = other + 1
+        del gradient
+        assert (live.current_bytes, live.take_recent_rest()) == (128, (128, 128))
+        del more
+    assert live.take_recent_rest() == (128, 64)
