@@ -27,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "config": {"errors"},
     "planning": {"errors"},
     "tiers": {"errors", "config"},
-    "observe": {"errors", "config"},
+    "observe": {"errors", "config", "planning"},
     "partition": {"errors", "config"},
     "engine": {"errors", "config", "planning", "tiers", "observe", "partition"},
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},

@@ -57,7 +57,7 @@ def _without(name: str) -> dict[str, Any]:
         {},
         _without("copies"),
         {**PROFILE.to_dict(), "format": "lightning_superpipe.row"},
-        {**PROFILE.to_dict(), "version": 2},
+        {**PROFILE.to_dict(), "version": 1},
         {**PROFILE.to_dict(), "copies": [{"route": "sideways", "pinned": True, "num_bytes": 1, "seconds": [1.0]}]},
         {**PROFILE.to_dict(), "copies": [{"route": "h2d", "pinned": True, "num_bytes": 1, "seconds": []}]},
         {**PROFILE.to_dict(), "updates": [{"num_threads": 1, "num_parameters": 1, "dtype": "x", "seconds": [0.0]}]},
