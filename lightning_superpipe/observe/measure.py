@@ -94,12 +94,12 @@ def _disks(folder: Path, sizes: Sequence[int], say: Callable[[str], None]) -> tu
 
 def _why_not_pinned(device: torch.device) -> str:
     """Return why copies from page-locked memory cannot be measured; empty if they can."""
-    if device.type == "cpu":
-        return "device and host are one memory"
     try:
         is_pinned = torch.empty(1, pin_memory=True).is_pinned()
     except (RuntimeError, NotImplementedError) as error:
         return str(error).splitlines()[0]
+    if device.type == "cpu":
+        return "device and host are one memory"
     return "" if is_pinned else f"torch gives {device.type!r} none"
 
 
