@@ -135,6 +135,8 @@ class Workload:
         lowest: the first unit with anything to train; backward ends there.
         samples: in the batch, for rates.
         tokens: in the batch; 0 where nobody counts them.
+        undisturbed: the loop lets nobody write to weights between steps (as Lightning's without hooks does), so that
+            units which no step has changed may stay on the device.
     """
 
     units: tuple[UnitWork, ...]
@@ -146,6 +148,7 @@ class Workload:
     lowest: int = 0
     samples: int = 1
     tokens: int = 0
+    undisturbed: bool = False
 
     @property
     def slot_bytes(self) -> int:

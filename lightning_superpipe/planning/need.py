@@ -1,0 +1,113 @@
+"""The memory that a setting needs, whatever the timing: no step, simulated or real, holds more."""
+
+from __future__ import annotations
+
+from lightning_superpipe.planning.prediction import DeviceBytes, HostUse
+from lightning_superpipe.planning.workload import Setting, UnitWork, Workload
+
+__all__ = [
+    "GRADIENT_UNITS",
+    "backward_peak_bytes",
+    "device_need",
+    "forward_peak_bytes",
+    "gradient_limit_bytes",
+    "host_use",
+    "num_slots",
+    "saved_bytes",
+]
+
+GRADIENT_UNITS = 2
+"""So many times the largest unit's gradients may be on the device: those of the unit that computes, and one before."""
+
+_NUM_SENT = 2  # batches of offloaded activations that may be on their way home
+
+
+def num_slots(workload: Workload, setting: Setting) -> int:
+    """Return how many slots there are: never more than units.
+
+    >>> num_slots(Workload((UnitWork("h", 10),) * 4), Setting(k=3, resident=5))
+    4
+    """
+    return min(setting.k + setting.resident, len(workload.units))
+
+
+def gradient_limit_bytes(workload: Workload) -> int:
+    """Return the room for gradients on the device; a backward that needs more waits."""
+    return GRADIENT_UNITS * max((unit.gradient_bytes for unit in workload.units), default=0) if workload.trains else 0
+
+
+def saved_bytes(workload: Workload, setting: Setting, index: int) -> int:
+    """Return what a unit's forward leaves for its backward, on the device or offloaded."""
+    if not workload.trains or index < workload.lowest:
+        return 0
+    unit = workload.units[index]
+    return unit.input_bytes if setting.policy(index) == "recompute" else unit.activation_bytes
+
+
+def forward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
+    """Return the most that a forward takes beside what is held; parts of a batch are joined at its end."""
+    parts = micro_batches if policy == "recompute" and unit.splits else 1
+    return unit.forward_bytes if parts == 1 else unit.forward_bytes // parts + unit.input_bytes
+
+
+def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
+    """Return the most that a backward takes beside what is held, its gradients included."""
+    if policy != "recompute":
+        return unit.backward_bytes
+    parts = micro_batches if unit.splits else 1
+    took = max(unit.forward_bytes, unit.activation_bytes + unit.backward_bytes)
+    return took if parts == 1 else took // parts + unit.gradient_bytes + unit.input_bytes
+
+
+def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
+    """Return device bytes by kind, each as large as it can be at the worst moment of its own.
+
+    >>> unit = UnitWork("h", 10, 10, activation_bytes=5, input_bytes=1, offload_bytes=4, forward_bytes=6)
+    >>> device_need(Workload((unit,) * 4, anchor_bytes=3), Setting(k=2))
+    DeviceBytes(slots=20, anchors=3, gradients=20, activations=21)
+    >>> device_need(Workload((unit,) * 4), Setting(k=2, activations=("recompute",) * 4)).activations
+    9
+    """
+    units, micro_batches = workload.units, setting.micro_batches
+    policies = [setting.policy(index) for index in range(len(units))]
+    held, worst = 0, 0
+    offloaded: list[int] = []  # of units so far
+    backwards: list[tuple[int, int]] = []  # held before a backward, and taken by it
+    for index, (unit, policy) in enumerate(zip(units, policies, strict=True)):
+        on_way = sum(offloaded[-_NUM_SENT:])
+        worst = max(worst, held + on_way + forward_peak_bytes(unit, policy, micro_batches))
+        saved = saved_bytes(workload, setting, index)
+        if saved and policy == "offload":
+            offloaded.append(unit.offload_bytes)
+            saved -= unit.offload_bytes
+        held += saved
+        if workload.trains and index >= workload.lowest:
+            took = backward_peak_bytes(unit, policy, micro_batches)
+            near = sum(offloaded[-_NUM_SENT - 1 :])
+            backwards.append((held + near, took - min(took, unit.gradient_bytes)))
+    if workload.trains:
+        worst = max(worst, held + sum(offloaded[-_NUM_SENT - 1 :]) + workload.turn_bytes)
+        worst = max(worst, max((held + took for held, took in backwards), default=0))
+    slots = num_slots(workload, setting) * workload.slot_bytes
+    return DeviceBytes(slots, workload.anchor_bytes, gradient_limit_bytes(workload), worst)
+
+
+def host_use(workload: Workload, setting: Setting) -> HostUse:
+    """Return what a step holds in host memory.
+
+    >>> from lightning_superpipe.planning.workload import UnitWork
+    >>> host_use(Workload((UnitWork("h", 10, 10, state_bytes=20),) * 4, anchor_bytes=5), Setting(k=2)).total
+    165
+    """
+    units = workload.units
+    offloads = [
+        unit.offload_bytes
+        for index, unit in enumerate(units[:-1])
+        if workload.trains and index >= workload.lowest and setting.policy(index) == "offload"
+    ]
+    return HostUse(
+        weights=workload.anchor_bytes + sum(unit.weight_bytes for unit in units),
+        gradients=sum(unit.gradient_bytes for unit in units) if workload.trains else 0,
+        states=sum(unit.state_bytes for unit in units) if workload.trains else 0,
+        activations=sum(offloads),
+    )

@@ -1,0 +1,113 @@
+"""What a simulated step takes, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["DeviceBytes", "HostUse", "LaneSeconds", "Prediction"]
+
+
+class DeviceBytes(NamedTuple):
+    """Device bytes by kind at one moment.
+
+    Attributes:
+        slots: of units.
+        anchors: permanent copies.
+        gradients: of the unit that computes, and those on their way home.
+        activations: all else that forward and backward hold.
+    """
+
+    slots: int = 0
+    anchors: int = 0
+    gradients: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All kinds together, bytes."""
+        return sum(self)
+
+
+class HostUse(NamedTuple):
+    """Host bytes by kind that a step needs.
+
+    Attributes:
+        weights: of units and anchors.
+        gradients: of all trained units.
+        states: of the optimizer.
+        activations: that were offloaded.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    states: int = 0
+    activations: int = 0
+
+    @property
+    def total(self) -> int:
+        """All kinds together, bytes."""
+        return sum(self)
+
+
+class LaneSeconds(NamedTuple):
+    """What each lane works in one step, in seconds; copies as if nothing disturbed them.
+
+    Attributes:
+        compute: of the device, and what the engine and the loop take between: all that is done one after the other.
+        h2d: copies to the device.
+        d2h: copies home.
+        host: updates.
+        disk: reads and writes.
+    """
+
+    compute: float = 0.0
+    h2d: float = 0.0
+    d2h: float = 0.0
+    host: float = 0.0
+    disk: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One step in the steady state.
+
+    Attributes:
+        step_s: from one step's begin to the next one's, seconds.
+        busy: what each lane works.
+        stalls_s: for each unit, how long compute waits for its weights, its activations, or room for its gradients.
+        end_stall_s: how long it waits, once backward has computed, for the last gradients, and for the update where
+            nothing hides it.
+        num_loads: units copied to the device; of many passes without training, the mean.
+        h2d_bytes: copied to the device in a step.
+        d2h_bytes: copied home.
+        peak: device bytes when their sum is largest.
+        peak_at: the use during which that is, such as ``"B11"``, or ``"turn"``.
+        host: bytes in host memory.
+    """
+
+    step_s: float
+    busy: LaneSeconds
+    stalls_s: tuple[float, ...]
+    end_stall_s: float
+    num_loads: float
+    h2d_bytes: int
+    d2h_bytes: int
+    peak: DeviceBytes
+    peak_at: str
+    host: HostUse
+
+    @property
+    def bound_s(self) -> float:
+        """No step can take less: the seconds of the busiest lane."""
+        return max(self.busy)
+
+    @property
+    def busiest(self) -> str:
+        """The name of that lane."""
+        return max(self.busy._asdict().items(), key=lambda lane: lane[1])[0]
+
+    @property
+    def stall_s(self) -> float:
+        """All waiting of one step, seconds."""
+        return sum(self.stalls_s) + self.end_stall_s

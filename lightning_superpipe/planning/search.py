@@ -1,0 +1,284 @@
+"""The search behind a choice: settings in the order of their lower bounds, until no bound beats the best one played."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from lightning_superpipe.planning.bounds import StepBounds
+from lightning_superpipe.planning.prediction import Prediction
+from lightning_superpipe.planning.simulate import simulate
+from lightning_superpipe.planning.workload import Setting, Speeds, Workload
+
+__all__ = ["Search"]
+
+_NUM_LEVELS = 9  # counts of units with another policy than to keep are tried at so many levels, then closer
+_WINDOWS = (2, 3, 4, 6, 8)
+_MOST_PLAYED = 60  # bounds order the settings well, so the best come first; a limit on time all the same
+_NO_STALL = 0.01  # of a step
+
+
+class Search:
+    """All settings that are left open, and the fastest of them.
+
+    Args:
+        fits: whether a setting keeps within all limits; with more slots it never begins to fit.
+        k, k_prime, resident: as asked for, None where open.
+        policies: as asked for, of each unit.
+        most_micro_batches: allowed.
+        update: as asked for.
+
+    Attributes:
+        tie: relative; steps that differ less are as good as each other.
+        num_simulated: settings played so far.
+    """
+
+    tie = 0.005
+
+    def __init__(
+        self,
+        workload: Workload,
+        speeds: Speeds,
+        fits: Callable[[Setting], bool],
+        *,
+        k: int | None,
+        k_prime: int | None,
+        resident: int | None,
+        policies: Sequence[str | None],
+        most_micro_batches: int,
+        update: str,
+    ) -> None:
+        n = self._n = len(workload.units)
+        self._workload, self._speeds, self._fits, self._update = workload, speeds, fits, update
+        self._k = None if k is None else min(k, n)
+        self._k_prime = None if k_prime is None else min(k_prime, n if self._k is None else self._k)
+        self._resident, self._policies = resident, list(policies)
+        self._micro_batches = [1 << power for power in range(most_micro_batches.bit_length())]
+        self._bounds = StepBounds(workload, speeds)
+        self._played: dict[Setting, Prediction] = {}
+        self._can_recompute = self._by_saving("recompute")
+        self._can_offload = self._by_saving("offload")
+
+    @property
+    def num_simulated(self) -> int:
+        """How many settings were played."""
+        return len(self._played)
+
+    def predict(self, setting: Setting) -> Prediction:
+        """Play a setting, once."""
+        found = self._played.get(setting)
+        if found is None:
+            found = self._played[setting] = simulate(self._workload, self._speeds, setting)
+        return found
+
+    # -- what there is
+
+    def _by_saving(self, policy: str) -> list[int]:
+        """Units that may have a policy, those first for which it pays most; of equal ones those used first.
+
+        What the last units save is in use at the peak anyway, and what the first save has the longest way to go.
+        """
+
+        def saves_per_second(index: int) -> float:
+            unit = self._workload.units[index]
+            saved = unit.activation_bytes - unit.input_bytes if policy == "recompute" else unit.offload_bytes
+            return -saved / max(unit.forward_s, 1e-12) if policy == "recompute" else -float(saved > 0)
+
+        last = self._n - 1 if policy == "offload" else self._n
+        lowest = self._workload.lowest if self._workload.trains else self._n
+        able = [
+            index
+            for index in range(lowest, last)
+            if self._policies[index] is None and policy in self._workload.units[index].policies
+        ]
+        return sorted(able, key=lambda index: (saves_per_second(index), index))
+
+    def _mix(self, num_recomputed: int, num_offloaded: int) -> tuple[str, ...]:
+        """So many units offload, and of the others so many recompute; the rest keeps."""
+        policies = [policy or "keep" for policy in self._policies]
+        for index in self._can_offload[:num_offloaded]:
+            policies[index] = "offload"
+        left = [index for index in self._can_recompute if policies[index] == "keep"]
+        for index in left[:num_recomputed]:
+            policies[index] = "recompute"
+        return tuple(policies)
+
+    def _mixes(self) -> Iterator[tuple[int, int]]:
+        recomputes, offloads = len(self._can_recompute), len(self._can_offload)
+        for num_offloaded in _levels(offloads):
+            for num_recomputed in _levels(recomputes):
+                if num_offloaded + num_recomputed <= max(recomputes, offloads):
+                    yield num_recomputed, num_offloaded
+
+    def _least_k(self) -> int:
+        if self._k is not None:
+            return self._k
+        return min(self._n, 1 if self._k_prime is None else self._k_prime)
+
+    def _window(self, num_slots: int) -> Setting:
+        """The setting with so many slots, before activations are decided: a small window, the others stay."""
+        least = self._least_k()
+        k_prime = self._k_prime or 1
+        if self._k is not None:
+            k = self._k
+        elif self._resident is not None:
+            k = max(least, num_slots - self._resident)
+        else:
+            k = min(num_slots, max(least, k_prime + 2))
+        return Setting(k=k, k_prime=min(k_prime, k), resident=num_slots - k, update=self._update)
+
+    def _slot_range(self) -> tuple[int, int]:
+        """The fewest and the most slots that what was asked for allows."""
+        least = self._least_k() + (self._resident or 0)
+        if self._k is not None and self._resident is not None:
+            return min(least, self._n), min(least, self._n)
+        return min(least, self._n), self._n
+
+    def _with_slots(self, setting: Setting) -> Setting | None:
+        """The setting with as many slots as fit; None if the fewest do not."""
+        low, high = self._slot_range()
+
+        def sized(num_slots: int) -> Setting:
+            window = self._window(num_slots)
+            return replace(setting, k=window.k, k_prime=window.k_prime, resident=window.resident)
+
+        if not self._fits(sized(low)):
+            return None
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._fits(sized(middle)) else (low, middle - 1)
+        return sized(low)
+
+    # -- the best
+
+    def best(self) -> Setting | None:
+        """Return the fastest setting, with no more slots than it needs; None if none fits."""
+        waiting: list[tuple[float, int, Setting, tuple[int, int]]] = []
+        for parts in self._micro_batches:
+            for mix in self._mixes():
+                if (parts > 1) > bool(mix[0] or "recompute" in self._policies):
+                    continue
+                base = replace(self._window(1), activations=self._mix(*mix), micro_batches=parts)
+                if (setting := self._with_slots(base)) is not None:
+                    heapq.heappush(waiting, (self._bounds.seconds(setting), len(waiting), setting, mix))
+        best: tuple[float, Setting, tuple[int, int]] | None = None
+        while waiting and self.num_simulated < _MOST_PLAYED:
+            bound_s, _, setting, mix = heapq.heappop(waiting)
+            if best is not None and bound_s >= best[0] * (1 - self.tie):
+                break
+            seconds = self.predict(setting).step_s
+            if best is None or seconds < best[0] * (1 - self.tie):
+                best = seconds, setting, mix
+        if best is None:
+            return None
+        return self._smallest_as_fast(self._best_window(self._closer(best[1], best[2])))
+
+    def _closer(self, setting: Setting, mix: tuple[int, int]) -> Setting:
+        """Look between the levels at which policies were tried."""
+        step = max(_spacing(len(self._can_recompute)), _spacing(len(self._can_offload))) // 2
+        while step:
+            for change in ((-step, 0), (0, -step), (step, 0), (0, step), (step, -step), (-step, step)):
+                other = mix[0] + change[0], mix[1] + change[1]
+                if min(other) < 0:
+                    continue
+                base = replace(setting, activations=self._mix(*other))
+                found = self._with_slots(base)
+                limit_s = self.predict(setting).step_s * (1 - self.tie / 5)
+                if found is None or self._bounds.seconds(found) >= limit_s:
+                    continue
+                if self.predict(found).step_s < limit_s:
+                    setting, mix = found, other
+            step //= 2
+        return setting
+
+    def _best_window(self, setting: Setting) -> Setting:
+        """Divide the slots between the window and units that stay."""
+        if self._k is not None or self._resident is not None:
+            return setting
+        num_slots = setting.k + setting.resident
+        for k in (*_WINDOWS, num_slots):
+            for k_prime in (1, 2) if self._k_prime is None else (self._k_prime,):
+                if k_prime <= k <= num_slots:
+                    other = replace(setting, k=k, k_prime=k_prime, resident=num_slots - k)
+                    if self.predict(other).step_s < self.predict(setting).step_s * (1 - self.tie / 5):
+                        setting = other
+        return setting
+
+    def _smallest_as_fast(self, setting: Setting) -> Setting:
+        """Give back the slots, then the window, that make no difference."""
+        limit_s = self.predict(setting).step_s * (1 + self.tie)
+        low, high = self._slot_range()
+        high = min(high, setting.k + setting.resident)
+
+        def sized(num_slots: int) -> Setting:
+            if self._k is not None or self._resident is not None:
+                window = self._window(num_slots)
+                return replace(setting, k=window.k, k_prime=window.k_prime, resident=window.resident)
+            k = min(setting.k, num_slots)
+            return replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=num_slots - k)
+
+        while low < high:
+            middle = (low + high) // 2
+            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self.predict(sized(middle)).step_s <= limit_s
+            low, high = (low, middle) if is_fast else (middle + 1, high)
+        setting = sized(low)
+        if self._k is None and self._resident is None:
+            for k in range(max(2, self._least_k()), min(setting.k, 5)):
+                other = replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=low - k)
+                if self.predict(other).step_s <= limit_s:
+                    return other
+        return setting
+
+    def whole(self) -> Setting | None:
+        """The setting in which every unit stays and keeps what may be kept, if it fits."""
+        if self._k not in (None, self._n) or self._resident:
+            return None
+        k_prime = min(self._k_prime or 1, self._n)
+        setting = Setting(k=self._n, k_prime=k_prime, activations=self._mix(0, 0), update=self._update)
+        return setting if self._fits(setting) else None
+
+    # -- where nothing is the best
+
+    def any_fitting(self) -> Setting | None:
+        """Any setting that fits, without playing it; the first in order."""
+        for parts in self._micro_batches:
+            for mix in self._mixes():
+                base = replace(self._window(1), activations=self._mix(*mix), micro_batches=parts)
+                if (setting := self._with_slots(base)) is not None:
+                    return setting
+        return None
+
+    def smallest(self, need: Callable[[Setting], int]) -> Setting:
+        """The setting that needs least, whether it fits or not."""
+        window = self._window(self._slot_range()[0])
+        settings = [
+            replace(window, activations=self._mix(*mix), micro_batches=parts)
+            for parts in self._micro_batches
+            for mix in self._mixes()
+        ]
+        return min(settings, key=need)
+
+    def reason(self, setting: Setting, *, is_whole: bool) -> str:
+        """Say why these slots, in words."""
+        if is_whole:
+            return "everything fits, nothing needs to leave the device"
+        step = self.predict(setting)
+        if self._k is not None:
+            return "as asked"
+        rest_s = step.stall_s - step.end_stall_s - step.stalls_s[0]
+        if rest_s <= _NO_STALL * step.step_s:
+            return "the smallest without stalls"
+        more = self._with_slots(setting)
+        most = 0 if more is None else more.k + more.resident
+        if most <= setting.k + setting.resident:
+            return f"all that fits; {step.busiest} is the longest lane"
+        return f"more would not be faster; {step.busiest} is the longest lane"
+
+
+def _spacing(count: int) -> int:
+    return max(1, -(-count // (_NUM_LEVELS - 1)))
+
+
+def _levels(count: int) -> list[int]:
+    return sorted({*range(0, count, _spacing(count)), count})

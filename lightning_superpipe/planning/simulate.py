@@ -1,0 +1,392 @@
+"""Simulation of training steps: what the engine does, on lanes whose speeds are known.
+
+One thread issues everything (the loop's, that calls the module), and each lane works in the order in which it was
+asked. So a step is played in one walk over its plan: compute has one clock, and each copy and each update gets its end
+from what it waits for. What waits for what is the engine's (:mod:`lightning_superpipe.engine.engine`):
+
+- what the plan moves after a forward is issued at its end; after a backward, when the next one begins, behind the
+  gradients of the unit before and the activations that are fetched;
+- a load waits for the update of its own unit, and so do all loads behind it;
+- gradients may fill twice the largest unit's on the device, then backward waits for the oldest to be home;
+- backward is over when all gradients are home; updates follow in the order of need, or follow each gradient
+  (``in_backward``), or hold everything up (``at_once``).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from lightning_superpipe.errors import PlanError
+from lightning_superpipe.planning.actions import Action, Op, Plan
+from lightning_superpipe.planning.link import Copying, Link
+from lightning_superpipe.planning.lower import forward_keep, lower_window, spread
+from lightning_superpipe.planning.need import (
+    backward_peak_bytes,
+    forward_peak_bytes,
+    gradient_limit_bytes,
+    host_use,
+    saved_bytes,
+)
+from lightning_superpipe.planning.order import forward_order, training_order
+from lightning_superpipe.planning.prediction import DeviceBytes, LaneSeconds, Prediction
+from lightning_superpipe.planning.workload import Setting, Speeds, Workload
+
+__all__ = ["simulate"]
+
+_MAX_STEPS = 8
+_SAME = 1e-9  # relative: two steps that differ less are equal
+
+
+def simulate(workload: Workload, speeds: Speeds, setting: Setting) -> Prediction:
+    """Play steps until one is like the one before, and return it.
+
+    Raises:
+        PlanError: the setting is impossible (see :func:`lower_window`), or a unit is updated on the device.
+
+    Cost: about a millisecond for 24 units.
+
+    >>> from lightning_superpipe.planning.workload import Curve, UnitWork
+    >>> unit = UnitWork("h", weight_bytes=10, gradient_bytes=10, forward_s=1.0, backward_s=2.0)
+    >>> link = Speeds(h2d=Curve.steady(10.0), d2h=Curve.steady(10.0))
+    >>> step = simulate(Workload((unit,) * 4), link, Setting(k=2))
+    >>> round(step.step_s, 6), step.num_loads, [round(stall, 6) for stall in step.stalls_s], round(step.end_stall_s, 6)
+    (14.0, 6.0, [1.0, 0.0, 0.0, 0.0], 1.0)
+    >>> step.busiest, round(step.bound_s, 6)
+    ('compute', 12.0)
+    """
+    if setting.update_on_device > 0:
+        raise PlanError(
+            f"update_on_device={setting.update_on_device}: the engine updates units on the host only, so there is "
+            "nothing to simulate. Use update_on_device=0."
+        )
+    run = _Run(workload, speeds, setting)
+    steps: list[_Step] = []
+    resident: frozenset[int] = frozenset()
+    seen: dict[frozenset[int], int] = {}
+    length = 0
+    for index in range(_MAX_STEPS + len(workload.units)):
+        length = index - seen.get(resident, index)
+        seen[resident] = index
+        plan = run.plan(resident)
+        steps.append(run.step(plan))
+        if length and (run.ends_at_rest or (len(steps) > 2 * length and _repeats(steps, length))):
+            break
+        resident = run.left_over(plan)
+    return run.summary(steps[-length:])
+
+
+class _Step(NamedTuple):
+    """One step as it was played."""
+
+    seconds: float
+    busy: LaneSeconds
+    stalls_s: tuple[float, ...]
+    end_stall_s: float
+    num_loads: int
+    h2d_bytes: int
+    d2h_bytes: int
+    peak: DeviceBytes
+    peak_at: str
+
+
+def _repeats(steps: list[_Step], length: int) -> bool:
+    """Whether the last so many steps took as long as those before them."""
+    pairs = zip(steps[-length:], steps[-2 * length : -length], strict=True)
+    return all(abs(new.seconds - old.seconds) <= _SAME * old.seconds for new, old in pairs)
+
+
+class _Run:
+    """The lanes, the device's memory, and the clock of compute."""
+
+    def __init__(self, workload: Workload, speeds: Speeds, setting: Setting) -> None:
+        n = len(workload.units)
+        self.workload, self.speeds, self.setting = workload, speeds, setting
+        self.units = workload.units
+        self.k = min(setting.k, n)
+        self.k_prime = min(setting.k_prime, self.k) if setting.k_prime <= setting.k else setting.k_prime
+        self.num_slots = self.k + min(setting.resident, n - self.k)
+        self.policies = [setting.policy(index) for index in range(n)]
+        self.link = Link(speeds)
+        self.limit_bytes = gradient_limit_bytes(workload)
+        self.now = self.host_free_s = self.disk_free_s = 0.0
+        self.updated_s = [0.0] * n
+        self.arrivals: list[Copying | None] = [None] * n
+        self.saved_bytes = [saved_bytes(workload, setting, index) for index in range(n)]
+        self.held_bytes = 0
+        self._begin_step()
+
+    @property
+    def ends_at_rest(self) -> bool:
+        """Whether all that a step leaves to the next begins at its end, so that the second is like all others."""
+        return self.setting.update != "in_backward" or not self.workload.trains
+
+    def _begin_step(self) -> None:
+        self.stalls_s = [0.0] * len(self.units)
+        self.h2d_bytes = self.d2h_bytes = self.num_loads = 0
+        self.compute_s = self.host_s = self.disk_s = 0.0
+        self.gradients: deque[tuple[Copying, int]] = deque()
+        self.gradient_bytes = 0
+        self.unsent = self.to_flush = -1
+        self.sent: deque[tuple[int, Copying]] = deque()
+        self.away: set[int] = set()
+        self.returning: dict[int, Copying] = {}
+        self.landed: list[tuple[int, Copying]] = []
+        self.peak, self.peak_at = DeviceBytes(), ""
+
+    # -- plans
+
+    def plan(self, resident: frozenset[int]) -> Plan:
+        """The plan of a step that begins with these units on the device."""
+        n, workload = len(self.units), self.workload
+        order = training_order(n, workload.lowest) if workload.trains else forward_order(n)
+        keep = (
+            spread(range(n), self.num_slots - self.k)
+            if workload.trains and workload.lowest < n
+            else forward_keep(order, self.num_slots, self.k_prime)
+        )
+        return lower_window(
+            order,
+            k=self.num_slots,
+            k_prime=self.k_prime,
+            resident=resident,
+            keep=keep,
+            cyclic=workload.undisturbed and not workload.trains,
+        )
+
+    def left_over(self, plan: Plan) -> frozenset[int]:
+        """What the next step finds on the device: nothing that was updated, or that anybody could have written to."""
+        if not self.workload.undisturbed:
+            return frozenset()
+        trains = self.workload.trains
+        return frozenset(unit for unit in plan.final_resident if not (trains and self._is_trained(unit)))
+
+    def _is_trained(self, index: int) -> bool:
+        return self.units[index].gradient_bytes > 0 and index >= self.workload.lowest
+
+    # -- a step
+
+    def step(self, plan: Plan) -> _Step:
+        """Play one step, from its forward to the end of what comes between it and the next."""
+        self._begin_step()
+        start, h2d_s, d2h_s = self.now, self.link.h2d.busy_s, self.link.d2h.busy_s
+        moves: list[Action] = []
+        last_forward = sum(use.op is Op.FORWARD for use in plan.uses) - 1
+        is_backward, num_uses = False, 0
+        for action in plan.actions:
+            if not action.is_use:
+                if is_backward:
+                    moves.append(action)  # when the next backward begins
+                else:
+                    self._move(action)
+                continue
+            if action.op is Op.FORWARD:
+                self._forward(action.unit)
+                if num_uses == last_forward and self.workload.trains:
+                    self._turn()
+            else:
+                self._backward(action.unit, moves)
+                moves, is_backward = [], True
+            num_uses += 1
+        end_stall_s = self._end()
+        busy = LaneSeconds(
+            self.compute_s, self.link.h2d.busy_s - h2d_s, self.link.d2h.busy_s - d2h_s, self.host_s, self.disk_s
+        )
+        return _Step(
+            self.now - start,
+            busy,
+            tuple(self.stalls_s),
+            end_stall_s,
+            self.num_loads,
+            self.h2d_bytes,
+            self.d2h_bytes,
+            self.peak,
+            self.peak_at,
+        )
+
+    def _compute(self, seconds: float) -> None:
+        self.now += seconds
+        self.compute_s += seconds
+
+    def _wait(self, copying: Copying, unit: int) -> None:
+        end_s = self.link.end_s(copying)
+        if end_s > self.now:
+            self.stalls_s[unit] += end_s - self.now
+            self.now = end_s
+
+    def _move(self, action: Action) -> None:
+        if action.op is not Op.PREFETCH:
+            return
+        index, unit = action.unit, self.units[action.unit]
+        ready_s = max(self.now, self.updated_s[index])
+        if unit.disk_read_bytes and self.speeds.disk_read is not None:
+            ready_s = self._use_disk(self.speeds.disk_read.seconds(unit.disk_read_bytes), ready_s)
+        self.arrivals[index] = self._to_device(unit.weight_bytes, ready_s)
+        self.num_loads += 1
+
+    def _use_disk(self, seconds: float, ready_s: float) -> float:
+        self.disk_s += seconds
+        self.disk_free_s = max(self.disk_free_s, ready_s) + seconds
+        return self.disk_free_s
+
+    def _to_device(self, num_bytes: int, ready_s: float) -> Copying:
+        self.h2d_bytes += num_bytes
+        return self.link.copy(self.link.h2d, num_bytes, ready_s)
+
+    def _home(self, num_bytes: int) -> Copying:
+        self.d2h_bytes += num_bytes
+        return self.link.copy(self.link.d2h, num_bytes, self.now)
+
+    def _require(self, index: int) -> None:
+        self._compute(self.speeds.use_s)
+        if (arrival := self.arrivals[index]) is not None:
+            self._wait(arrival, index)
+            self.arrivals[index] = None
+
+    # -- forward
+
+    def _forward(self, index: int) -> None:
+        unit = self.units[index]
+        self._require(index)
+        self._send_activations(index)
+        took = forward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
+        self._note_peak(took, 0, Op.FORWARD, index)
+        self._compute(unit.forward_s)
+        self.held_bytes += self.saved_bytes[index]
+        if self.policies[index] == "offload" and self.saved_bytes[index] and unit.offload_bytes:
+            self.unsent = index
+
+    def _send_activations(self, index: int) -> None:
+        """A forward begins: let go of what has landed, send what the unit before has saved."""
+        while self.sent and (len(self.sent) > 1 or self.link.is_over(self.sent[0][1], self.now)):
+            sender, landed = self.sent.popleft()
+            self._wait(landed, index)
+            self.held_bytes -= self.units[sender].offload_bytes
+            self.away.add(sender)
+        if self.unsent >= 0:
+            self.sent.append((self.unsent, self._home(self.units[self.unsent].offload_bytes)))
+            self.unsent = -1
+
+    def _turn(self) -> None:
+        self._note_peak(self.workload.turn_bytes, 0, None, -1)
+        self._compute(self.workload.turn_s)
+
+    # -- backward
+
+    def _backward(self, index: int, moves: list[Action]) -> None:
+        unit = self.units[index]
+        self._flush_gradients()
+        self._fetch_activations(index)
+        for action in moves:
+            self._move(action)
+        self._require(index)
+        if (returning := self.returning.pop(index, None)) is not None:
+            self._wait(returning, index)
+        recomputes = self.policies[index] == "recompute"
+        self._compute(unit.forward_s if recomputes else 0.0)
+        while self.gradients and self.gradient_bytes + unit.gradient_bytes > self.limit_bytes:
+            self._wait(self.gradients[0][0], index)
+            self._let_go_of_gradients()
+        self._note_backward_peak(index)
+        self._compute(unit.backward_s)
+        self.held_bytes -= self.saved_bytes[index]
+        self.to_flush = index if self._is_trained(index) else -1
+
+    def _note_backward_peak(self, index: int) -> None:
+        while self.gradients and self.link.is_over(self.gradients[0][0], self.now):
+            self._let_go_of_gradients()
+        took = backward_peak_bytes(self.units[index], self.policies[index], self.setting.micro_batches)
+        own = min(took, self.units[index].gradient_bytes)
+        self._note_peak(took - own, self.gradient_bytes + own, Op.BACKWARD, index)
+
+    def _let_go_of_gradients(self) -> None:
+        self.gradient_bytes -= self.gradients.popleft()[1]
+
+    def _flush_gradients(self) -> None:
+        """The unit before has computed its backward: its gradients go home."""
+        if self.to_flush >= 0:
+            num_bytes = self.units[self.to_flush].gradient_bytes
+            landed = self._home(num_bytes)
+            self.gradients.append((landed, num_bytes))
+            self.gradient_bytes += num_bytes
+            self.landed.append((self.to_flush, landed))
+            self.to_flush = -1
+
+    def _fetch_activations(self, index: int) -> None:
+        """Backward reaches a unit: its activations come back, and those of the one before it in forward."""
+        if self.policies[index] != "offload":
+            return
+        while self.sent and self.link.is_over(self.sent[0][1], self.now):
+            self.sent.popleft()  # what is on the device still stays there
+        earlier = next((other for other in range(index - 1, -1, -1) if self.policies[other] == "offload"), index)
+        for each in (index, earlier):
+            if each in self.away:
+                self.away.discard(each)
+                num_bytes = self.units[each].offload_bytes
+                self.held_bytes += num_bytes
+                self.returning[each] = self._to_device(num_bytes, self.now)
+
+    # -- the end of a step
+
+    def _end(self) -> float:
+        """Wait for what is under way, update, and let the loop do what it does; return the wait."""
+        start_s = self.now
+        self._flush_gradients()
+        if not self.workload.trains:
+            copies = [arrival for arrival in self.arrivals if arrival is not None]
+        else:
+            copies = [landed for _, landed in (*self.landed, *self.sent)]
+        for copying in copies:
+            self.now = max(self.now, self.link.end_s(copying))
+        if self.workload.trains:
+            self._update()
+        end_stall_s = self.now - start_s
+        self._compute(self.workload.between_s)
+        return end_stall_s
+
+    def _update(self) -> None:
+        update = self.setting.update
+        if update == "in_backward":
+            for index, landed in self.landed:
+                self._update_one(index, self.link.end_s(landed))
+            return
+        for index in sorted(index for index, _ in self.landed):
+            self._update_one(index, self.now)
+        if update == "at_once":
+            self.compute_s += self.host_free_s - self.now if self.host_free_s > self.now else 0.0
+            self.now = max(self.now, self.host_free_s)
+
+    def _update_one(self, index: int, ready_s: float) -> None:
+        unit = self.units[index]
+        self.host_free_s = max(self.host_free_s, ready_s) + unit.update_s
+        self.host_s += unit.update_s
+        self.updated_s[index] = self.host_free_s
+        if unit.disk_write_bytes and self.speeds.disk_write is not None:
+            seconds = self.speeds.disk_write.seconds(unit.disk_write_bytes)
+            self.updated_s[index] = self._use_disk(seconds, self.host_free_s)
+
+    # -- memory
+
+    def _note_peak(self, activations: int, gradients: int, op: Op | None, index: int) -> None:
+        activations += self.held_bytes
+        if activations + gradients > self.peak.gradients + self.peak.activations or not self.peak_at:
+            slots = self.num_slots * self.workload.slot_bytes
+            self.peak = DeviceBytes(slots, self.workload.anchor_bytes, gradients, activations)
+            self.peak_at = "turn" if op is None else str(Action(op, index))
+
+    def summary(self, steps: list[_Step]) -> Prediction:
+        """The mean of steps that repeat."""
+        count = len(steps)
+        largest = max(steps, key=lambda step: step.peak.total)
+        return Prediction(
+            step_s=sum(step.seconds for step in steps) / count,
+            busy=LaneSeconds(*(sum(lane) / count for lane in zip(*(step.busy for step in steps), strict=True))),
+            stalls_s=tuple(sum(unit) / count for unit in zip(*(step.stalls_s for step in steps), strict=True)),
+            end_stall_s=sum(step.end_stall_s for step in steps) / count,
+            num_loads=sum(step.num_loads for step in steps) / count,
+            h2d_bytes=round(sum(step.h2d_bytes for step in steps) / count),
+            d2h_bytes=round(sum(step.d2h_bytes for step in steps) / count),
+            peak=largest.peak,
+            peak_at=largest.peak_at,
+            host=host_use(self.workload, self.setting),
+        )
