@@ -35,9 +35,12 @@ LAYERS: dict[str, set[str]] = {
     "session": {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
     },
+    "forecast": {
+        *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "session"),
+    },
     "adapters": {"session", "config", "errors", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming
-    "app": {"adapters", "session", "config", "errors", "observe", "planning", "sweeps"},
+    "app": {"adapters", "forecast", "session", "config", "errors", "observe", "planning", "sweeps"},
     "sweeps": {"errors", "config", "observe"},
 }
 MAY_KNOW_FRAMEWORKS = {"adapters", "app", "recipes"}

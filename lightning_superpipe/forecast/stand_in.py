@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -22,13 +21,16 @@ class StandIn:
     Tensors that nothing stands in for are real: what a model makes of a batch's integers (masks, positions) is
     computed, so that code which looks at values goes on working.
 
+    Args:
+        dtype: of floating-point tensors, instead of their own.
+
     >>> layer = nn.Linear(2, 1 << 40, device="meta")
     >>> StandIn().of_module(layer)(torch.ones(3, 2)).shape
     torch.Size([3, 1099511627776])
     """
 
-    def __init__(self) -> None:
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._mode, self._dtype = FakeTensorMode(allow_non_fake_inputs=True), dtype
 
     def of_module(self, module: _Module) -> _Module:
         """Return a copy with stand-ins for all parameters and buffers; the module stays as it is, tied weights tied."""
@@ -52,4 +54,5 @@ class StandIn:
         with self._mode:
             if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided:
                 return torch.empty(0)
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")

@@ -119,7 +119,7 @@ class Tape:
             )
         ]
         handles += [
-            parameter.register_post_accumulate_grad_hook(self._take_gradient)
+            parameter.register_post_accumulate_grad_hook(self._take_gradient)  # type: ignore[no-untyped-call]
             for parameter in root.parameters()
             if parameter.requires_grad
         ]
@@ -176,7 +176,7 @@ class Tape:
             self._switch(self._between)
             for leaf in tree_leaves(outputs):
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    leaf.register_hook(self._returning(name))
+                    leaf.register_hook(self._returning(name))  # type: ignore[no-untyped-call]
 
         return leave
 
