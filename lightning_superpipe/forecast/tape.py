@@ -93,7 +93,7 @@ class Tape:
         self.units: list[UnitTape] = []
         self._modules = units
         self._by_name: dict[str, UnitTape] = {}
-        self._live = LiveBytes(_STAND_INS)
+        self._live = LiveBytes(_STAND_INS, "cpu")
         self._part = self._between = Part()  # what runs before a unit's forward belongs to it, after the last: the turn
         self._depth = 0
         self._is_backward = False
