@@ -25,6 +25,7 @@ superpipe: train models larger than your device's memory, as a Hydra application
 Modes
 {modes}
   report FOLDER  table and picture of a sweep
+  profile        Measure this machine; keep it for plan. [device=cuda] [disk=FOLDER] [output=FILE.json] [--again]
 
 Groups
 {groups}
@@ -57,7 +58,7 @@ def _translated(words: Sequence[str]) -> Iterator[str]:
         is_override = "=" in word or word.startswith(("-", "~", "+")) or before in _WITH_VALUE
         if not is_override and word not in MODES:
             raise ConfigError(
-                f"{word!r} is no mode: {nearest(word, [*MODES, 'report'])} (Values are given as key=value.)"
+                f"{word!r} is no mode: {nearest(word, [*MODES, 'report', 'profile'])} (Values are given as key=value.)"
             )
         yield word if is_override else f"mode={word}"
         before = word

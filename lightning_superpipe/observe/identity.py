@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-__all__ = ["Identity", "Room", "identify", "num_cores", "room_of"]
+__all__ = ["Identity", "Room", "default_device", "identify", "num_cores", "room_of"]
 
 _CPU_FACTS = Path("/proc/cpuinfo")
 _DRIVERS = ("/sys/module/nvidia/version", "/sys/module/amdgpu/version")
@@ -69,6 +69,12 @@ class Room:
     device_free: int = 0
     host_total: int = 0
     host_free: int = 0
+
+
+def default_device() -> torch.device:
+    """The machine's accelerator with its current index, or the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device("cpu") if found is None else torch.device(found.type, torch.accelerator.current_device_index())
 
 
 def identify(device: torch.device) -> Identity:
