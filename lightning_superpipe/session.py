@@ -16,24 +16,28 @@ from torch.optim import Optimizer
 from lightning_superpipe.config import Adversary, SuperpipeConfig
 from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
-from lightning_superpipe.engine.choices import make_lanes, memory_need, wire_of
+from lightning_superpipe.engine.choices import make_lanes, may_pin, memory_need, wire_of
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.follower import TRAIN
-from lightning_superpipe.engine.swap import owner_of
+from lightning_superpipe.engine.swap import refuse_streamed
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.host_memory import held_bytes, host_need
 from lightning_superpipe.observe.host_bytes import available_bytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.optimizer import FusedChoice, Masters, make_stage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import choose_k, choose_residents
+from lightning_superpipe.planning.workload import Setting
+from lightning_superpipe.profiling import Profiler
 from lightning_superpipe.tiers import HostTier
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
 _MARGIN = 10  # a tenth more activations than measured
+_NUM_TIMED_STEPS = 3
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 
 
@@ -63,7 +67,7 @@ class Session:
         optimizers: Iterable[Optimizer] = (),
     ) -> None:
         self.config, self.device, self.trains = config, device, trains
-        _refuse_streamed(root)
+        refuse_streamed(root)
         if config.update == "in_backward" and owns_root:
             raise UnsupportedError(
                 "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
@@ -83,11 +87,18 @@ class Session:
         self._optimizers = list(optimizers)
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
-        self._tier = HostTier(pin=_may_pin(config, device) and self._wire.dtype is None)
+        self._tier = HostTier(pin=may_pin(config, device) and self._wire.dtype is None)
         self._engine = self._make_engine(root, found, owns_root)
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
+        self._profiler = Profiler(
+            self._engine,
+            self._meter,
+            trains=trains,
+            optimizers=lambda: self._optimizers,
+            anchor_bytes=lambda: self._static_bytes()[1],
+        )
         self._backward_scope = contextlib.ExitStack()
         self._owns_root = owns_root
         self._num_steps = 0
@@ -108,7 +119,7 @@ class Session:
             window,
             lanes=make_lanes(self.config, self.device, hostile),
             tier=self._tier,
-            pin=_may_pin(self.config, self.device),
+            pin=may_pin(self.config, self.device),
             root_scope=self._call_scope if owns_root else None,
             choices=choose_policies(self.config.activations, names, micro_batches=self.config.micro_batches),
             micro_batches=self.config.micro_batches,
@@ -141,6 +152,8 @@ class Session:
         self._finish_step()
         if mode == TRAIN:
             self._begin_training_step()
+        else:
+            self._profiler.note_disturbance()
         with self._counting(mode), self._engine.step(mode, is_undisturbed=is_undisturbed), self._scope():
             yield
         if mode == TRAIN:
@@ -167,13 +180,14 @@ class Session:
     def _begin_training_step(self) -> None:
         if self._num_steps == _NUM_COUNTED_STEPS and self.config.resident == "auto":
             self._use_spare_memory()
-        if self._num_steps == self.config.record_step:
+        is_recorded = self._num_steps == self.config.record_step
+        is_counted = self._num_steps < _NUM_COUNTED_STEPS or is_recorded
+        self._profiler.begin_step(counts=is_counted, times=self._num_steps in self._timed_steps())
+        if is_recorded:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
-        is_counted = self._is_counted()
-        self._engine.on_boundary = self._meter.sample if is_counted else None
         self._engine.gradients.on_handed_over = self._meter.leave_out if is_counted else None
 
     def _use_spare_memory(self) -> None:
@@ -192,6 +206,7 @@ class Session:
             return
         self._is_step_open = False
         self._meter.sample()
+        self._profiler.end_counting()
         self._last_step = self._counters() - self._at_step_start
         if self._num_steps == 1:
             self._keep_within_budget()
@@ -221,6 +236,20 @@ class Session:
                 SuperpipeWarning,
                 stacklevel=2,
             )
+
+    def _timed_steps(self) -> range:
+        """Steps whose times are taken: behind those that are counted, and not where a recording is wanted."""
+        first, record = _NUM_COUNTED_STEPS, self.config.record_step
+        if record is not None and first <= record < first + _NUM_TIMED_STEPS:
+            first = record + 1
+        return range(first, first + _NUM_TIMED_STEPS)
+
+    def unit_profile(self) -> UnitProfile | None:
+        """What the first steps took, by unit; None before they are over."""
+        if self._final_report is not None:
+            return self._final_profile
+        setting = Setting(self.k, self.k_prime, self.num_resident, self._engine.activations.policies())
+        return self._profiler.profile(setting, emulated=self.is_emulated)
 
     def _is_counted(self) -> bool:
         return self._num_steps <= _NUM_COUNTED_STEPS or self._meter.recorder is not None
@@ -289,11 +318,13 @@ class Session:
         if self._final_report is not None:
             return
         self._finish_step()
+        self._final_profile = self.unit_profile()
+        self._profiler.close()
         if self._updates is not None:
             self._updates.close()
         self._final_report = self.report()
         self._engine.close()
-        del self._updates, self._engine, self._meter, self._root, self._optimizers, self._tier
+        del self._updates, self._engine, self._meter, self._profiler, self._root, self._optimizers, self._tier
 
     # -- report
 
@@ -350,21 +381,6 @@ class Session:
             value for optimizer in self._optimizers for state in optimizer.state.values() for value in _values(state)
         )
         return weights, gradients, sum(value.nbytes for value in states if isinstance(value, Tensor))
-
-
-def _refuse_streamed(root: nn.Module) -> None:
-    """Two engines would bind the same modules, each over the other's copies."""
-    name = next((name for name, module in root.named_modules() if owner_of(module) is not None), None)
-    if name is not None:
-        part = f"its part {name!r}" if name else f"this {type(root).__name__}"
-        raise UnsupportedError(
-            f"the model streams already ({part}): end that first, by pipe.close(), accelerator.free_memory(), "
-            "fabric.strategy.teardown() or the end of the Trainer's run."
-        )
-
-
-def _may_pin(config: SuperpipeConfig, device: torch.device) -> bool:
-    return config.pin_memory is not False and device.type == "cuda"
 
 
 def _values(state: Any) -> list[Any]:

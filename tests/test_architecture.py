@@ -32,8 +32,10 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"errors", "config", "planning", "tiers", "observe", "partition"},
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
     "host_memory": {"errors", "planning", "tiers", "observe", "engine", "optimizer"},
+    "profiling": {"errors", "planning", "observe", "engine"},
     "session": {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
+        "profiling",
     },
     "forecast": {
         *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "session"),

@@ -19,6 +19,7 @@ from lightning_superpipe.errors import SuperpipeWarning
 from lightning_superpipe.observe.identity import default_device
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
 
 __all__ = ["Pipe", "attach", "bring_home"]
@@ -63,6 +64,10 @@ class Pipe:
     def report(self) -> Report:
         """What streaming cost and saved so far, or until :meth:`close`."""
         return self._session.report()
+
+    def unit_profile(self) -> UnitProfile | None:
+        """What the first steps took, by unit, as far as predictions need it; None before six steps."""
+        return self._session.unit_profile()
 
     def close(self) -> None:
         """Give the model back as it was, on the host, with its current weights. Closing twice does no harm."""

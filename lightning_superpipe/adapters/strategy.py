@@ -22,6 +22,7 @@ from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
+from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
 
 __all__ = ["SuperpipeMixin"]
@@ -81,6 +82,10 @@ class SuperpipeMixin(OneDeviceMixin):
             SuperpipeError: nothing has run yet.
         """
         return self._any_session().report()
+
+    def unit_profile(self) -> UnitProfile | None:
+        """What the first training steps took, by unit, as far as predictions need it; None before six steps."""
+        return self._any_session().unit_profile()
 
     @property
     def recording(self) -> Recording | None:

@@ -108,6 +108,25 @@ class Activations:
         if (reason := why_not_again(modules, ())) is not None:
             self._keep(unit, reason)
 
+    def policies(self) -> tuple[str, ...]:
+        """What becomes of each unit's activations."""
+        return tuple(choice.policy.value for choice in self._choices)
+
+    def possible(self, unit: int) -> tuple[str, ...]:
+        """What may become of a unit's activations, as far as is known by now."""
+        choice = self._choices[unit]
+        if choice.is_explicit:
+            return (choice.policy.value,)
+        engine = self._require_engine()
+        refuses = any(index == unit for index, _ in self._said)
+        if refuses or why_not_again(engine.units[unit].module.modules(), ()) is not None:
+            return (Policy.KEEP.value, Policy.OFFLOAD.value)
+        return tuple(policy.value for policy in Policy)
+
+    def splits(self, unit: int) -> bool:
+        """Whether a unit's batch may be split, as far as is known by now."""
+        return why_not_split(list(self._require_engine().units[unit].module.modules())) is None
+
     def recompute_all(self) -> None:
         """Let every unit that keeps recompute from now on."""
         self._choices = [

@@ -108,15 +108,17 @@ class UnitOwner(_EngineOwner):
         engine.enter(unit)
         try:
             if is_outermost and op is Op.FORWARD and torch.is_grad_enabled():
+                if engine.probes.census is not None:
+                    engine.probes.census.give(unit.index, (args, kwargs))
                 output = engine.activations.run(unit, module, compute, args, kwargs)
             else:
                 output = compute(*args, **kwargs)
             if is_outermost:
                 output = _without_slot_views(engine, output)
+            if start is not None:
+                engine.lanes.compute_span(op.value, unit.index, start)
         finally:
             engine.leave(unit, op)
-        if start is not None:
-            engine.lanes.compute_span(op.value, unit.index, start)
         if is_outermost and torch.is_grad_enabled():
             _prefetch_in_backward(engine, unit, output)
         return output

@@ -15,7 +15,7 @@ from lightning_superpipe.errors import ConfigError, UnsupportedError
 from lightning_superpipe.partition import Partition
 from lightning_superpipe.planning.budget import MemoryNeed
 
-__all__ = ["make_lanes", "memory_need", "wire_of"]
+__all__ = ["make_lanes", "may_pin", "memory_need", "wire_of"]
 
 
 def wire_of(root: nn.Module, config: SuperpipeConfig) -> Wire:
@@ -58,6 +58,11 @@ def make_lanes(config: SuperpipeConfig, device: torch.device, hostile: Adversary
             raise ConfigError(f"a link can be emulated on the CPU only, not on {str(device)!r}: leave `link` out.")
         return StreamLanes(device)
     return ThreadLanes(device, config.link, max_delay_ms=hostile.max_delay_ms, seed=hostile.seed)
+
+
+def may_pin(config: SuperpipeConfig, device: torch.device) -> bool:
+    """Whether host memory may be page-locked: where the device can use that, and nobody forbade it."""
+    return config.pin_memory is not False and device.type == "cuda"
 
 
 def _copies_synchronously(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from lightning_superpipe.engine.binding import Binding
 from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.catalog import Catalog
+from lightning_superpipe.engine.census import Probes
 from lightning_superpipe.engine.follower import TRAIN, Follower
 from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.graph_end import call_at_end
@@ -61,7 +62,7 @@ class Engine:
         is_open: False once closed; what is left of graphs then computes with host parameters.
         lone_dtype: the dtype of all streamed parameters on the device; None if there are several.
         watch: the mode that is active between unit calls of the step in progress.
-        on_boundary: called after each unit's compute, for those who measure.
+        probes: of those who measure.
     """
 
     def __init__(
@@ -83,7 +84,6 @@ class Engine:
         self.is_separate = is_separate(self.device)
         self.is_open = True
         self.watch: TrainWatch | EvalWatch | None = None
-        self.on_boundary: Callable[[], None] | None = None
         self._tier = tier
         self._lock = threading.RLock()
         self._graphs: set[int] = set()
@@ -96,6 +96,7 @@ class Engine:
 
         self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin, self.wire)
         self.catalog = Catalog(root, self.anchors)
+        self.probes = Probes()
         self.binding = Binding(self.anchors, self.catalog)
         self.units = [
             Unit(i, name, module, anchors, self._make_twin, wire=self.wire) for i, (name, module) in enumerate(units)
@@ -117,7 +118,7 @@ class Engine:
         self.saved = SavedTensors(self)
         self.outside = Outside(self.wire, self.anchors, self.catalog, self.residency, self.saved, self.recover)
         choices = choices or [Choice()] * len(self.units)
-        self.activations = Activations(self, choices, Offload(lanes, tier, self._staying), num_parts=micro_batches)
+        self.activations = Activations(self, choices, Offload(lanes, tier, self.staying), num_parts=micro_batches)
         self._installation = Installation(self, root, tier.part("weights"), root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
@@ -129,7 +130,8 @@ class Engine:
     def _make_anchor_twin(self, host: nn.Parameter) -> nn.Parameter:
         return make_twin(host, self.device, self, Label("G", -1, "anchors"), dtype=self.wire.dtype_of(host))
 
-    def _staying(self) -> Container[int]:
+    def staying(self) -> Container[int]:
+        """Addresses of what is on the device for good, where device and host are two; else of all of the host's."""
         return self.anchors.addresses() if self.is_separate else self.catalog.host_addresses()
 
     # -- uses
@@ -171,7 +173,7 @@ class Engine:
     def use_in_backward(self, unit: Unit) -> None:
         """Backward needs a unit: a token is unpacked, or the gradient of its output is there."""
         if unit is not self._in_backward:
-            self._boundary()
+            self.probes.end_backward_of(self._in_backward)
         self.use(unit, Op.BACKWARD)
 
     def _prepare(self, unit: Unit) -> None:
@@ -207,16 +209,17 @@ class Engine:
                     if self._is_in_step:
                         self.residency.move(self.follower.after(Action(op, unit.index)))
                 self.casts.let_go(unit, is_evaluation=self._is_evaluation)
-                self._boundary()
+                self.probes.boundary(op.value, unit.index)
             caller = self._calls[-1] if self._calls else None
             if caller is not None and caller.parameters and caller.slot is None:  # it was spilled by its callee
                 self.residency.require(caller)
                 self.binding.bind(caller)
         self._own_seconds += now() - start
 
-    def _boundary(self) -> None:
-        if self.on_boundary is not None:
-            self.on_boundary()
+    def note_saved(self, tensor: Tensor) -> None:
+        """Autograd saves a tensor that is no weight."""
+        if self.probes.census is not None and self._calls and graph_task_id() == -1:
+            self.probes.census.save(self._calls[0].index, tensor)
 
     # -- steps
 
@@ -321,7 +324,7 @@ class Engine:
             self._graphs.discard(task)
             if self._graphs:
                 return
-            self._boundary()
+            self.probes.end_backward_of(self._in_backward)
             self._end_backward_span()
             self._in_backward = None
             for unit in self.units:
@@ -330,7 +333,7 @@ class Engine:
             self.activations.offload.end_graph()
             self.gradients.finish()
             self.anchors.flush_buffers()
-            self._boundary()
+            self.probes.boundary("home")
 
     def recover(self) -> None:
         """Put the model in order after a backward pass that raised: autograd did not call its end."""

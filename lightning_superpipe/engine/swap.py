@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Owner", "owner_of", "swap_in", "swap_out"]
+from lightning_superpipe.errors import UnsupportedError
+
+__all__ = ["Owner", "owner_of", "refuse_streamed", "swap_in", "swap_out"]
 
 _OWNER = "_superpipe_owner"
 _BASE = "_superpipe_base"
@@ -170,3 +172,18 @@ def _reduce_as(base: type[nn.Module], module: nn.Module, reduced: Any) -> Any:
         if owner is not None:
             state.update(owner.host_state(module))
     return (make, args, state, *rest)
+
+
+def refuse_streamed(root: nn.Module) -> None:
+    """Raise for a module that streams already: two engines would bind the same modules, each over the other's copies.
+
+    Raises:
+        UnsupportedError: it does, or a part of it.
+    """
+    name = next((name for name, module in root.named_modules() if owner_of(module) is not None), None)
+    if name is not None:
+        part = f"its part {name!r}" if name else f"this {type(root).__name__}"
+        raise UnsupportedError(
+            f"the model streams already ({part}): end that first, by pipe.close(), accelerator.free_memory(), "
+            "fabric.strategy.teardown() or the end of the Trainer's run."
+        )

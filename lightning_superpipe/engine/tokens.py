@@ -91,6 +91,9 @@ class TokenHost(Protocol):
     def unit_of_twin(self, tensor: Tensor) -> tuple[Unit, int] | None:
         """The unit and index of a twin; None for any other tensor."""
 
+    def note_saved(self, tensor: Tensor) -> None:
+        """A tensor that is no weight is saved."""
+
 
 class SavedTensors:
     """The pair of hooks around each unit call. Graphs hold it, so it holds the engine weakly."""
@@ -140,7 +143,10 @@ class SavedTensors:
             return tensor
         place = self._place(host, tensor)
         if place is None:
-            return self._cast_token(host, tensor) or tensor
+            token = self._cast_token(host, tensor)
+            if token is None:
+                host.note_saved(tensor)
+            return token or tensor
         unit, index, offset = place
         return self._token(unit, index, tensor, offset, cast=None)
 

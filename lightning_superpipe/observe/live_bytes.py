@@ -87,6 +87,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for storage in _storages(tensor):
                 self._current -= self._sizes.pop(_key(storage), 0)
 
+    def counts(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's storage is one of those that count."""
+        return any(_key(storage) in self._sizes for storage in _storages(tensor))
+
     def follow(self, outputs: Any, since: int) -> None:
         """Count in the backward pass of these tensors as well, whoever starts it: in each node, while it runs.
 

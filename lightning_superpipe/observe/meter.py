@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,23 @@ from lightning_superpipe.observe.live_bytes import LiveBytes
 from lightning_superpipe.observe.report import PeakBytes
 from lightning_superpipe.observe.trace import Recorder
 
-__all__ = ["Meter"]
+__all__ = ["Boundary", "Meter"]
+
+
+class Boundary(NamedTuple):
+    """What the device held, beside slots, anchors and gradients on their way, when some compute was over.
+
+    Attributes:
+        name: ``"F"`` or ``"B"`` of a unit, ``"turn"`` where backward begins, ``"home"`` where it ends, else empty.
+        unit: its index; -1 where there is none.
+        peak_bytes: the most since the boundary before.
+        held_bytes: now.
+    """
+
+    name: str
+    unit: int
+    peak_bytes: int
+    held_bytes: int
 
 
 class Meter:
@@ -22,6 +38,11 @@ class Meter:
         device: whose memory is measured.
         static: returns (slots, anchors) in bytes as they are now.
         gradients: returns the bytes of gradients waiting on the device.
+
+    Attributes:
+        peak: the most so far.
+        step_peak: the most since somebody set it to nothing.
+        trail: where each look is noted; None notes none.
     """
 
     def __init__(
@@ -31,8 +52,9 @@ class Meter:
         self._live: LiveBytes | None = None
         self._allocator = _allocator_of(device)
         self._base = self._allocator.memory_allocated(device) if self._allocator else 0
-        self.peak = PeakBytes()
+        self.peak = self.step_peak = PeakBytes()
         self.recorder: Recorder | None = None
+        self.trail: list[Boundary] | None = None
         if self._allocator:
             self._allocator.reset_peak_memory_stats(device)
 
@@ -63,13 +85,20 @@ class Meter:
         if self._live is not None:
             self._live.leave_out(tensor)
 
-    def sample(self) -> None:
-        """Look at the memory now."""
+    def counts(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is part of what is measured."""
+        return self._live is None or self._live.counts(tensor)
+
+    def sample(self, name: str = "", unit: int = -1) -> None:
+        """Look at the memory now, when the compute of that name and unit is over."""
         slots, anchors = self._static()
         gradients = self._gradients()
         peak_of_rest, rest = self._rest(slots, anchors, gradients)
         peak = PeakBytes(slots, anchors, gradients, max(0, peak_of_rest))
         self.peak = max(self.peak, peak, key=lambda each: each.total)
+        self.step_peak = max(self.step_peak, peak, key=lambda each: each.total)
+        if self.trail is not None:
+            self.trail.append(Boundary(name, unit, max(0, peak_of_rest), max(0, rest)))
         if self.recorder is not None:
             now = self.recorder.now()
             for activations in (peak_of_rest, rest):  # first the spike since the last look
@@ -80,6 +109,8 @@ class Meter:
         known = slots + anchors + gradients
         if self._allocator is not None:
             most = self._allocator.max_memory_allocated(self._device) - self._base - known
+            if self.trail is not None:
+                self._allocator.reset_peak_memory_stats(self._device)
             return most, self._allocator.memory_allocated(self._device) - self._base - known
         if self._live is None:
             return 0, 0

@@ -184,6 +184,10 @@ class Recorder:
         """Record the device bytes by kind from ``time_s`` on."""
         self._samples.append(MemorySample(time_s, slots, anchors, gradients, activations))
 
+    def spans(self) -> list[Span]:
+        """Return all spans so far, as they came."""
+        return list(self._spans)
+
     def finish(
         self,
         *,

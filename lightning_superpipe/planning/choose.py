@@ -143,16 +143,13 @@ on the host
     limits, asked = limits or Limits(), asked or Asked()
     _check(workload, asked)
     search = _search(workload, speeds, limits, asked)
-    found = search.best()
+    whole = search.whole() if limits.device_bytes is not None else None
+    found = search.best() if whole is None else whole
     if found is None:
         raise BudgetError(_refusal(workload, speeds, limits, asked, search))
-    whole = search.whole() if limits.device_bytes is not None else None
-    if whole is not None and search.predict(whole).step_s <= search.predict(found).step_s * (1 + search.tie):
-        found = whole
-    prediction = search.predict(found)
     return Choice(
         setting=found,
-        prediction=prediction,
+        prediction=search.predict(found),
         need=needed_bytes(workload, found),
         limits=limits,
         reason=search.reason(found, is_whole=found == whole),

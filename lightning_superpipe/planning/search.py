@@ -15,7 +15,7 @@ __all__ = ["Search"]
 
 _NUM_LEVELS = 9  # counts of units with another policy than to keep are tried at so many levels, then closer
 _WINDOWS = (2, 3, 4, 6, 8)
-_MOST_PLAYED = 60  # bounds order the settings well, so the best come first; a limit on time all the same
+_MOST_PLAYED_UNITS = 8000  # so many units may be played in all: bounds order settings well, so the best come early
 _NO_STALL = 0.01  # of a step
 
 
@@ -55,6 +55,7 @@ class Search:
         self._k_prime = None if k_prime is None else min(k_prime, n if self._k is None else self._k)
         self._resident, self._policies = resident, list(policies)
         self._micro_batches = [1 << power for power in range(most_micro_batches.bit_length())]
+        self._most_played = max(20, _MOST_PLAYED_UNITS // max(n, 1))
         self._bounds = StepBounds(workload, speeds)
         self._played: dict[Setting, Prediction] = {}
         self._can_recompute = self._by_saving("recompute")
@@ -163,7 +164,7 @@ class Search:
                 if (setting := self._with_slots(base)) is not None:
                     heapq.heappush(waiting, (self._bounds.seconds(setting), len(waiting), setting, mix))
         best: tuple[float, Setting, tuple[int, int]] | None = None
-        while waiting and self.num_simulated < _MOST_PLAYED:
+        while waiting and self.num_simulated < self._most_played // 2:
             bound_s, _, setting, mix = heapq.heappop(waiting)
             if best is not None and bound_s >= best[0] * (1 - self.tie):
                 break
@@ -180,7 +181,7 @@ class Search:
         while step:
             for change in ((-step, 0), (0, -step), (step, 0), (0, step), (step, -step), (-step, step)):
                 other = mix[0] + change[0], mix[1] + change[1]
-                if min(other) < 0:
+                if min(other) < 0 or self.num_simulated >= self._most_played:
                     continue
                 base = replace(setting, activations=self._mix(*other))
                 found = self._with_slots(base)
@@ -215,7 +216,7 @@ class Search:
             if self._k is not None or self._resident is not None:
                 window = self._window(num_slots)
                 return replace(setting, k=window.k, k_prime=window.k_prime, resident=window.resident)
-            k = min(setting.k, num_slots)
+            k = self._n if num_slots == self._n else min(setting.k, num_slots)
             return replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=num_slots - k)
 
         while low < high:
@@ -223,7 +224,7 @@ class Search:
             is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self.predict(sized(middle)).step_s <= limit_s
             low, high = (low, middle) if is_fast else (middle + 1, high)
         setting = sized(low)
-        if self._k is None and self._resident is None:
+        if self._k is None and self._resident is None and low < self._n:
             for k in range(max(2, self._least_k()), min(setting.k, 5)):
                 other = replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=low - k)
                 if self.predict(other).step_s <= limit_s:
@@ -262,18 +263,21 @@ class Search:
     def reason(self, setting: Setting, *, is_whole: bool) -> str:
         """Say why these slots, in words."""
         if is_whole:
-            return "everything fits, nothing needs to leave the device"
+            return "everything fits, so no unit leaves the device, as without streaming"
         step = self.predict(setting)
         if self._k is not None:
             return "as asked"
-        rest_s = step.stall_s - step.end_stall_s - step.stalls_s[0]
-        if rest_s <= _NO_STALL * step.step_s:
+        waits_s = sum(step.stalls_s[1:])
+        if waits_s <= _NO_STALL * step.step_s:
             return "the smallest without stalls"
+        waits = f"compute waits for {step.stall_s / step.step_s:.0%} of a step"
         more = self._with_slots(setting)
         most = 0 if more is None else more.k + more.resident
+        if setting.k + setting.resident == self._n:
+            return f"every unit has a slot, {waits}"
         if most <= setting.k + setting.resident:
-            return f"all that fits; {step.busiest} is the longest lane"
-        return f"more would not be faster; {step.busiest} is the longest lane"
+            return f"all that fits, {waits}"
+        return f"more would not be faster, {waits}"
 
 
 def _spacing(count: int) -> int:

@@ -1,0 +1,246 @@
+"""The unit profile of a run: its own first steps are measured, and nothing of them changes.
+
+Bytes are counted in the steps that are counted anyway; times are taken in the steps behind them, because counting costs
+time itself. No step waits for the device: spans are read when all of them are over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from lightning_superpipe.engine.activations import Policy
+from lightning_superpipe.engine.census import Census, Held
+from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.engine.lanes import now
+from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.observe.meter import Boundary, Meter
+from lightning_superpipe.observe.report import PeakBytes
+from lightning_superpipe.observe.step_times import StepMark, UnitTimes, speeds_of, unit_times
+from lightning_superpipe.observe.trace import Span
+from lightning_superpipe.observe.unit_profile import TransientBytes, UnitProfile, transient_bytes
+from lightning_superpipe.planning.workload import Setting, UnitWork, Workload
+
+__all__ = ["Profiler"]
+
+
+class Profiler:
+    """Measures steps of one engine: the session says which.
+
+    Args:
+        optimizers: returns those of the run.
+        anchor_bytes: returns what has a permanent copy on the device.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        meter: Meter,
+        *,
+        trains: bool,
+        optimizers: Callable[[], Sequence[Optimizer]],
+        anchor_bytes: Callable[[], int],
+    ) -> None:
+        self._engine, self._meter, self._trains = engine, meter, trains
+        self._optimizers, self._anchor_bytes = optimizers, anchor_bytes
+        self._hooks: list[Any] = []
+        self._trail: list[Boundary] = []
+        self._held: list[Held] = []
+        self._peak = PeakBytes()
+        self._spans: list[Span] = []
+        self._marks: list[StepMark] = []
+        self._is_timing = self._is_followed = False
+        self._begin_s = self._home_s = self._update_s = self._asked_s = 0.0
+        self._step_s: list[float] = []
+
+    # -- which steps
+
+    def begin_step(self, *, counts: bool, times: bool) -> None:
+        """A step begins.
+
+        Args:
+            counts: its bytes are counted.
+            times: it is one of those whose times are taken; the first that is not ends that.
+        """
+        if self._is_timing:
+            self._close_mark()
+        if times and not self._is_timing:
+            self._begin_timing()
+        elif not times:
+            self.end_timing()
+        if times:
+            self._begin_s, self._home_s, self._update_s, self._is_followed = now(), 0.0, 0.0, True
+        if counts:
+            self._begin_counting()
+        self._engine.probes.on_boundary = self._note_boundary if counts or times else None
+
+    def _note_boundary(self, name: str, unit: int) -> None:
+        if self._meter.trail is not None:
+            self._meter.sample(name, unit)
+        if name == "home":
+            self._home_s = now()
+
+    def note_disturbance(self) -> None:
+        """Something else runs between two steps."""
+        self._is_followed = False
+
+    def close(self) -> None:
+        """Measure no more."""
+        self._is_timing = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._engine.probes.on_boundary = self._engine.probes.census = None
+
+    # -- bytes
+
+    def _begin_counting(self) -> None:
+        """Count bytes of the step that begins."""
+        probes, meter = self._engine.probes, self._meter
+        probes.census = Census(self._engine.slots, self._engine.staying(), meter.counts)
+        meter.trail, meter.step_peak = [], PeakBytes()
+
+    def end_counting(self) -> None:
+        """The step is over; without gradients, also if nothing was held."""
+        probes, meter = self._engine.probes, self._meter
+        if probes.census is not None and meter.trail is not None:
+            self._held, self._trail = probes.census.held(len(self._engine.units)), meter.trail
+            self._peak = meter.step_peak
+        probes.census = meter.trail = None
+
+    # -- times
+
+    def _begin_timing(self) -> None:
+        self._engine.lanes.start_recording()
+        self._is_timing, self._marks, self._step_s, self._is_followed = True, [], [], False
+        own = {id(optimizer) for optimizer in self._optimizers()}
+
+        def before(optimizer: Optimizer, *_: Any) -> None:
+            if id(optimizer) in own:
+                self._asked_s = now()
+
+        def after(optimizer: Optimizer, *_: Any) -> None:
+            if id(optimizer) in own:
+                self._update_s += now() - max(self._asked_s, self._home_s)
+
+        self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def _close_mark(self) -> None:
+        if self._begin_s and self._home_s:
+            self._marks.append(StepMark(self._begin_s, self._home_s, self._update_s, self._is_followed))
+            if self._is_followed:
+                self._step_s.append(now() - self._begin_s)
+        self._begin_s = 0.0
+
+    def end_timing(self) -> None:
+        """Stop recording, if that goes on."""
+        if self._is_timing:
+            self._spans = self._engine.lanes.stop_recording().spans()
+            self._is_timing = False
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+
+    # -- the profile
+
+    @property
+    def step_s(self) -> tuple[float, ...]:
+        """Seconds of each step that was timed."""
+        return tuple(self._step_s)
+
+    @property
+    def peak(self) -> PeakBytes:
+        """Device bytes at the peak of the last step that was counted."""
+        return self._peak
+
+    def profile(self, setting: Setting, *, emulated: bool) -> UnitProfile | None:
+        """Return what was measured; None before a step was timed.
+
+        Args:
+            setting: under which the steps ran; its activation policies count in the order of registration.
+        """
+        if not self._marks or not self._spans:
+            return None
+        times = unit_times(self._spans, self._marks)
+        if not times.order:
+            return None
+        held = self._held or [Held()] * len(self._engine.units)
+        whole = [held[unit].activations for unit in times.order]
+        in_force = [_held_under(setting.policy(unit), held[unit]) for unit in times.order]
+        transients = transient_bytes(self._trail, times.order, in_force, whole)
+        policies = setting.activations and tuple(setting.policy(unit) for unit in times.order)
+        units = [self._work(unit, times, held[unit], transients, setting.policy(unit)) for unit in times.order]
+        if not times.update_s:
+            units = _shared_update(units, times.whole_update_s)
+        lowest = next((place for place, unit in enumerate(units) if unit.backward_s), len(units) - 1)
+        workload = Workload(
+            units=tuple(units),
+            anchor_bytes=self._anchor_bytes(),
+            turn_s=times.turn_s,
+            turn_bytes=max(0, transients.turn),
+            between_s=times.between_s + (times.whole_update_s if times.update_s else 0.0),
+            trains=self._trains,
+            lowest=lowest if self._trains else 0,
+        )
+        return UnitProfile(
+            workload,
+            speeds_of(self._spans),
+            replace(setting, activations=policies),
+            times.order,
+            self.step_s,
+            self._peak,
+            str(self._engine.device),
+            emulated,
+        )
+
+    def _work(self, index: int, times: UnitTimes, held: Held, transients: TransientBytes, policy: str) -> UnitWork:
+        unit = self._engine.units[index]
+        forward_s, backward_s = times.forward_s.get(index, 0.0), times.backward_s.get(index, 0.0)
+        if policy == Policy.RECOMPUTE.value and backward_s:
+            backward_s = max(0.0, backward_s - forward_s)
+        return UnitWork(
+            name=unit.name,
+            weight_bytes=unit.num_bytes,
+            gradient_bytes=_gradient_bytes(unit) if self._trains else 0,
+            state_bytes=_state_bytes(unit, self._optimizers()),
+            forward_s=forward_s,
+            backward_s=backward_s,
+            update_s=times.update_s.get(index, 0.0),
+            activation_bytes=held.activations,
+            input_bytes=held.inputs,
+            offload_bytes=held.travels,
+            forward_bytes=transients.forward[index],
+            backward_bytes=transients.backward[index],
+            policies=self._engine.activations.possible(index),
+            splits=self._engine.activations.splits(index),
+        )
+
+
+def _held_under(policy: str, held: Held) -> int:
+    if policy == Policy.RECOMPUTE.value:
+        return held.inputs
+    return held.activations - (held.travels if policy == Policy.OFFLOAD.value else 0)
+
+
+def _gradient_bytes(unit: Unit) -> int:
+    parameters = zip(unit.parameters, unit.dtypes, strict=True)
+    return sum(host.numel() * dtype.itemsize for host, dtype in parameters if host.requires_grad)
+
+
+def _state_bytes(unit: Unit, optimizers: Sequence[Optimizer]) -> int:
+    with torch._C.DisableTorchFunctionSubclass():  # sizes need not wait for updates under way
+        states = [optimizer.state.get(host, {}) for optimizer in optimizers for host in unit.parameters]
+        values = [value for state in states if isinstance(state, dict) for value in state.values()]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _shared_update(units: Sequence[UnitWork], seconds: float) -> list[UnitWork]:
+    """Give each unit its part of an update that ran as a whole."""
+    total = sum(unit.gradient_bytes for unit in units)
+    return [replace(unit, update_s=seconds * unit.gradient_bytes / max(total, 1)) for unit in units]
