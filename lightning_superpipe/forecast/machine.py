@@ -14,7 +14,7 @@ from lightning_superpipe.observe import MachineProfile, cached_profile, identify
 from lightning_superpipe.observe.identity import default_device, num_cores
 from lightning_superpipe.session import Session
 
-__all__ = ["machine_profile", "profile_machine"]
+__all__ = ["kept_profile", "machine_profile", "profile_machine"]
 
 _MIB = 1 << 20
 _NUM_STEPS = 30  # of the engine: the first ones, which allocate, hardly count
@@ -99,6 +99,11 @@ def machine_profile(
     profile = profile_machine(where, say=say)
     keep_profile(profile, folder)
     return profile
+
+
+def kept_profile(device: torch.device | str | None = None) -> MachineProfile | None:
+    """Return the profile that was kept of this machine, and still holds; None without one. Measures nothing."""
+    return cached_profile(identify(default_device() if device is None else torch.device(device)))
 
 
 def _engine_seconds(device: torch.device) -> float:
