@@ -51,7 +51,7 @@ def forward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
 
 
 def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
-    """Return the most that a backward takes beside what is held, its gradients included."""
+    """Return the most that a backward takes beside what is held, its gradients not counted."""
     if policy != "recompute":
         return unit.backward_bytes
     parts = micro_batches if unit.splits else 1
@@ -84,7 +84,7 @@ def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
         if workload.trains and index >= workload.lowest:
             took = backward_peak_bytes(unit, policy, micro_batches)
             near = sum(offloaded[-_NUM_SENT - 1 :])
-            backwards.append((held + near, took - min(took, unit.gradient_bytes)))
+            backwards.append((held + near, took))
     if workload.trains:
         worst = max(worst, held + sum(offloaded[-_NUM_SENT - 1 :]) + workload.turn_bytes)
         worst = max(worst, max((held + took for held, took in backwards), default=0))

@@ -295,9 +295,9 @@ class _Run:
     def _note_backward_peak(self, index: int) -> None:
         while self.gradients and self.link.is_over(self.gradients[0][0], self.now):
             self._let_go_of_gradients()
-        took = backward_peak_bytes(self.units[index], self.policies[index], self.setting.micro_batches)
-        own = min(took, self.units[index].gradient_bytes)
-        self._note_peak(took - own, self.gradient_bytes + own, Op.BACKWARD, index)
+        unit = self.units[index]
+        took = backward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
+        self._note_peak(took, self.gradient_bytes + unit.gradient_bytes, Op.BACKWARD, index)
 
     def _let_go_of_gradients(self) -> None:
         self.gradient_bytes -= self.gradients.popleft()[1]
