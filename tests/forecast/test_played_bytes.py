@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from lightning_superpipe import SuperpipeStrategy
@@ -25,6 +26,7 @@ from tests.recipes.test_recipes import RECIPES
 # Device and host share their memory here: a copy is over before the next unit computes.
 AT_ONCE = Speeds(h2d=Curve.steady(1e15), d2h=Curve.steady(1e15), use_s=1e-6)
 SHARE = 0.03
+REPEATS = 8  # of a recipe's tiny batch: with it a unit's weights are smaller than its activations, as in real ones
 
 
 def run(module: L.LightningModule, batch: Any, k: int) -> Report:
@@ -42,7 +44,8 @@ def made(recipe: Recipe) -> tuple[L.LightningModule, Any]:
     module, data = recipe.module(), recipe.data()
     data.prepare_data()
     data.setup("fit")
-    return module, next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader()))
+    return module, tree_map_only(torch.Tensor, lambda each: torch.cat([each] * REPEATS), batch)
 
 
 @pytest.mark.parametrize("k", [1, 3])
