@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lightning_superpipe.observe.live_bytes import LiveBytes
+from lightning_superpipe.observe.rates import Work
 
 __all__ = ["Operation", "Part", "Tape", "UnitTape"]
 
@@ -25,6 +26,14 @@ _ATTENTION = {  # torch knows how to count the kernels of CUDA only; those of th
 }
 
 
+_WORKS = dict.fromkeys(("bernoulli", "bernoulli_", "native_dropout", "rand_like", "normal_", "uniform_"), Work.RANDOM)
+_WORKS |= dict.fromkeys(
+    ("gelu", "gelu_backward", "silu", "silu_backward", "tanh", "sigmoid", "exp", "_softmax", "_log_softmax", "softplus")
+    + ("pow", "erf", "sin", "cos", "log", "mish", "elu", "rsqrt"),
+    Work.FUNCTION,
+)
+
+
 class Operation(NamedTuple):
     """One operation on the device.
 
@@ -32,11 +41,13 @@ class Operation(NamedTuple):
         dtype: of its largest input or output.
         num_flops: of its products; 0 where it has none.
         num_bytes: read and written.
+        work: what it does with single elements.
     """
 
     dtype: str
     num_flops: int
     num_bytes: int
+    work: Work = Work.PLAIN
 
 
 @dataclass
@@ -240,7 +251,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             largest = max((*inputs, *outputs), key=lambda tensor: tensor.numel() * tensor.is_floating_point())
             moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
             num_flops = _flops(func, args, kwargs or {}, result)
-            self._note(Operation(str(largest.dtype).removeprefix("torch."), num_flops, moved))
+            work = _WORKS.get(func.overloadpacket.__name__, Work.PLAIN)
+            self._note(Operation(str(largest.dtype).removeprefix("torch."), num_flops, moved, work))
         return result
 
 

@@ -39,21 +39,21 @@ def workload_on(profile: MachineProfile, step: PlayedStep, host: MachineProfile 
 
 
 def part_seconds(profile: MachineProfile, part: Part) -> float:
-    """Return how long a part computes: each operation as long as its products or its bytes take, if that is longer.
+    """Return how long a part computes: each operation as long as its products, its bytes or its start take.
 
     Raises:
         SuperpipeError: the profile has no rates of compute or of the device's memory.
     """
-    memory = profile.memory_curve()
     seconds = 0.0
-    for (dtype, num_flops, num_bytes), count in part.operations.items():
-        compute = profile.compute_curve(dtype)
+    for (dtype, num_flops, num_bytes, work), count in part.operations.items():
+        compute, memory = profile.compute_curve(dtype), profile.memory_curve(work)
         if compute is None or memory is None:
             raise SuperpipeError(
                 f"the profile of {profile.device!r} has no rates of compute: measure the machine again (superpipe "
                 "profile --again)."
             )
-        seconds += count * max(memory.seconds(num_bytes), compute.seconds(num_flops) if num_flops else 0.0)
+        product_s = compute.seconds(num_flops) if num_flops else 0.0
+        seconds += count * max(profile.launch_s, memory.seconds(num_bytes), product_s)
     return seconds
 
 

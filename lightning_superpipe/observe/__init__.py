@@ -17,6 +17,7 @@ from lightning_superpipe.observe.rates import (
     MemoryRate,
     Route,
     UpdateRate,
+    Work,
 )
 from lightning_superpipe.observe.report import PeakBytes, Report, StepCounters
 from lightning_superpipe.observe.trace import Lane, MemorySample, Recorder, Recording, Span
@@ -41,6 +42,7 @@ __all__ = [
     "Span",
     "StepCounters",
     "UpdateRate",
+    "Work",
     "cached_profile",
     "draw_memory",
     "draw_timeline",

@@ -19,6 +19,7 @@ from lightning_superpipe.observe.rates import (
     MemoryRate,
     Route,
     UpdateRate,
+    Work,
     curve_of,
 )
 from lightning_superpipe.planning.workload import Curve, Speeds
@@ -42,10 +43,11 @@ class MachineProfile:
         updates: by dtype and number of threads.
         versions: of the software that measured, by name.
         computes: matrix products on the device, by dtype and size.
-        memory: reading and writing of the device's own memory, by size.
+        memory: operations on single elements on the device, by size and by what they do.
         disks: files of a folder that was asked for, by size.
         room: memory of the machine, total and free when it was measured.
         identity: which machine this is.
+        launch_s: least that any operation takes, with autograd around it, seconds.
         use_s: what the engine itself takes for each use of a unit, seconds.
         why_not_pinned: why page-locked memory could not be had; empty where it was, or nobody tried.
         note: who measured, if not this package on this machine.
@@ -62,6 +64,7 @@ class MachineProfile:
     disks: tuple[DiskRate, ...] = ()
     room: Room = field(default_factory=Room)
     identity: Identity = field(default_factory=Identity)
+    launch_s: float = 0.0
     use_s: float = 0.0
     why_not_pinned: str = ""
     note: str = ""
@@ -97,9 +100,13 @@ class MachineProfile:
                 return found
         return None
 
-    def memory_curve(self) -> Curve | None:
-        """Return seconds of an operation by the bytes that it reads and writes in the device's memory."""
-        return curve_of(self.memory)
+    def memory_curve(self, work: Work = Work.PLAIN) -> Curve | None:
+        """Return seconds of an operation on single elements by the bytes that it reads and writes.
+
+        The plain ones, which are the fastest, answer for what was not measured.
+        """
+        mine = [rate for rate in self.memory if rate.work is work]
+        return curve_of(mine or [rate for rate in self.memory if rate.work is Work.PLAIN])
 
     def update_seconds(self, dtype: str, num_parameters: int, *, num_states: int = 2) -> float | None:
         """Return how long the host takes to update so many parameters; None if it was not measured.
@@ -199,5 +206,5 @@ def _sampled(state: dict[str, Any]) -> dict[str, Any]:
     amounts = {name: value for name, value in state.items() if name.startswith("num_")}
     if any(not isinstance(value, int) or value < 1 for value in amounts.values()):
         raise ValueError(f"{amounts}: all are whole and above 0")
-    kind = Route if "pinned" in state else DiskRoute
-    return {**state, "seconds": seconds, **({"route": kind(state["route"])} if "route" in state else {})}
+    names = {"route": Route if "pinned" in state else DiskRoute, "work": Work}
+    return {**state, "seconds": seconds, **{name: kind(state[name]) for name, kind in names.items() if name in state}}

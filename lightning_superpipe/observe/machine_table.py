@@ -10,11 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from lightning_superpipe.observe.machine import MachineProfile
-from lightning_superpipe.observe.rates import DiskRoute, Route
+from lightning_superpipe.observe.rates import DiskRoute, Route, Work
 
 __all__ = ["profile_tables"]
 
 _WAYS = {Route.H2D: "to it", Route.D2H: "from it", Route.BOTH: "both ways"}
+_WORKS = {Work.PLAIN: "reading and writing", Work.FUNCTION: "exponentials", Work.RANDOM: "random numbers"}
 
 
 def profile_tables(profile: MachineProfile) -> Group:
@@ -36,7 +37,10 @@ def _lines(profile: MachineProfile) -> Iterator[str]:
     if profile.why_not_pinned and not profile.emulated:
         yield f"No page-locked memory ({profile.why_not_pinned}): copies count as pageable ones."
     if profile.use_s:
-        yield f"The engine takes {1e6 * profile.use_s:.0f} us for each use of a unit."
+        yield (
+            f"An operation takes {1e6 * profile.launch_s:.1f} us at least, the engine {1e6 * profile.use_s:.0f} us for "
+            "each use of a unit."
+        )
 
 
 def _tables(profile: MachineProfile) -> Iterator[RenderableType]:
@@ -47,7 +51,7 @@ def _tables(profile: MachineProfile) -> Iterator[RenderableType]:
             [f"{rate.dtype} products", f"{rate.num_flops / 1e9:.3g} GFLOP", f"{rate.tflop_s:.3g} TFLOP/s"]
             for rate in profile.computes
         ]
-        rows += [["reading and writing", _size(rate.num_bytes), f"{rate.gb_s:.3g} GB/s"] for rate in profile.memory]
+        rows += [[_WORKS[rate.work], _size(rate.num_bytes), f"{rate.gb_s:.3g} GB/s"] for rate in profile.memory]
         yield _table("On the device", ["work", "size", "speed"], rows)
     if profile.updates:
         rows = [[rate.dtype, str(rate.num_threads), f"{rate.parameters_per_s / 1e9:.2f}"] for rate in profile.updates]

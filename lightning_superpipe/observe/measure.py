@@ -13,8 +13,14 @@ import torch
 
 from lightning_superpipe.observe.identity import identify, room_of
 from lightning_superpipe.observe.machine import MachineProfile
-from lightning_superpipe.observe.measure_compute import measure_compute, measure_disk, measure_memory, synchronize
-from lightning_superpipe.observe.rates import CopyRate, DiskRate, Route, UpdateRate
+from lightning_superpipe.observe.measure_compute import (
+    measure_compute,
+    measure_disk,
+    measure_launch,
+    measure_memory,
+    synchronize,
+)
+from lightning_superpipe.observe.rates import CopyRate, DiskRate, Route, UpdateRate, Work
 from lightning_superpipe.observe.trace import software_versions
 
 __all__ = ["measure_copies", "measure_machine", "measure_updates"]
@@ -71,7 +77,7 @@ def measure_machine(
     updates = [measure_updates(num_parameters, dtype, count, num_samples) for dtype in dtypes for count in threads]
     say("compute")
     computes = [measure_compute(device, dtype, width, num_samples) for dtype in dtypes for width in widths]
-    memory = [measure_memory(device, size, num_samples) for size in memory_bytes]
+    memory = [measure_memory(device, size, num_samples, work) for work in Work for size in memory_bytes]
     return MachineProfile(
         str(device),
         device.type == "cpu",
@@ -83,6 +89,7 @@ def measure_machine(
         disks=() if disk is None else _disks(disk, disk_bytes, say),
         room=room_of(device),
         identity=identify(device),
+        launch_s=measure_launch(device) if widths else 0.0,
         why_not_pinned=why_not,
     )
 

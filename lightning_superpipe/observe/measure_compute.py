@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from lightning_superpipe.errors import SuperpipeError
-from lightning_superpipe.observe.rates import ComputeRate, DiskRate, DiskRoute, MemoryRate
+from lightning_superpipe.observe.rates import ComputeRate, DiskRate, DiskRoute, MemoryRate, Work
 
-__all__ = ["measure_compute", "measure_disk", "measure_memory", "synchronize"]
+__all__ = ["measure_compute", "measure_disk", "measure_launch", "measure_memory", "synchronize"]
 
 _LEAST_SECONDS = 5e-3  # of a sample: shorter work is repeated, for the clock and the start of kernels
 _MAX_REPEATS = 1000
+_NUM_LINKS = 100
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -41,7 +42,7 @@ def measure_compute(device: torch.device, dtype: torch.dtype, width: int, num_sa
     return ComputeRate(str(dtype).removeprefix("torch."), 2 * width**3, seconds)
 
 
-def measure_memory(device: torch.device, num_bytes: int, num_samples: int = 5) -> MemoryRate:
+def measure_memory(device: torch.device, num_bytes: int, num_samples: int = 5, work: Work = Work.PLAIN) -> MemoryRate:
     """Time an operation on single elements that reads and writes so many bytes altogether.
 
     Raises:
@@ -49,8 +50,25 @@ def measure_memory(device: torch.device, num_bytes: int, num_samples: int = 5) -
     """
     source = torch.ones(max(1, num_bytes // 8), device=device)
     target = torch.empty_like(source)
-    seconds = _sample(device, lambda: torch.mul(source, 2.0, out=target), num_samples)
-    return MemoryRate(2 * source.nbytes, seconds)
+    operations: dict[Work, Callable[[], object]] = {
+        Work.PLAIN: lambda: torch.mul(source, 2.0, out=target),
+        Work.FUNCTION: lambda: torch.ops.aten.gelu.out(source, out=target),
+        Work.RANDOM: lambda: target.bernoulli_(0.5),
+    }
+    return MemoryRate(2 * source.nbytes, _sample(device, operations[work], num_samples), work)
+
+
+def measure_launch(device: torch.device) -> float:
+    """Return the least that an operation takes, forward or backward, however small; seconds."""
+    factor, start = torch.ones(1, device=device), torch.ones(1, device=device, requires_grad=True)
+
+    def chain() -> None:
+        value = start
+        for _ in range(_NUM_LINKS):
+            value = value * factor
+        value.sum().backward()  # type: ignore[no-untyped-call]
+
+    return min(_sample(device, chain, 3)) / (2 * _NUM_LINKS)
 
 
 def _sample(device: torch.device, work: Callable[[], object], num_samples: int) -> tuple[float, ...]:

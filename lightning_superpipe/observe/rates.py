@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lightning_superpipe.planning.workload import Curve
 
-__all__ = ["ComputeRate", "CopyRate", "DiskRate", "DiskRoute", "MemoryRate", "Route", "UpdateRate", "curve_of"]
+__all__ = ["ComputeRate", "CopyRate", "DiskRate", "DiskRoute", "MemoryRate", "Route", "UpdateRate", "Work", "curve_of"]
 
 
 class Route(str, Enum):
@@ -26,6 +26,14 @@ class DiskRoute(str, Enum):
 
     READ = "read"
     WRITE = "write"
+
+
+class Work(str, Enum):
+    """What an operation on single elements does with them: on a processor that is no accelerator it matters."""
+
+    PLAIN = "plain"  # hardly more than reading and writing
+    FUNCTION = "function"  # exponentials and the like
+    RANDOM = "random"  # draws
 
 
 @dataclass(frozen=True)
@@ -111,15 +119,17 @@ class ComputeRate:
 
 @dataclass(frozen=True)
 class MemoryRate:
-    """How long an operation took that does nothing but read and write the device's memory.
+    """How long an operation on single elements took on the device.
 
     Attributes:
         num_bytes: read and written together.
         seconds: of each sample, for one operation.
+        work: what it does.
     """
 
     num_bytes: int
     seconds: tuple[float, ...]
+    work: Work = Work.PLAIN
 
     @property
     def gb_s(self) -> float:
