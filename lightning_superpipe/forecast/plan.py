@@ -66,6 +66,7 @@ class Forecast:
         choice: the fastest setting that fits, with its reasons; None if none does.
         refusal: why none fits; empty if one does.
         free: from which batch on copies and updates are hidden.
+        recomputes: units compute their forward again in backward.
         remarks: what had to be assumed.
     """
 
@@ -78,6 +79,7 @@ class Forecast:
     choice: Choice | None
     refusal: str
     free: FreeBatch
+    recomputes: bool
     remarks: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -127,8 +129,9 @@ class Forecast:
             return
         tokens = f" ({free.tokens:,.0f} tokens)" if free.tokens else ""
         yield f"Streaming is free from a batch of {free.samples:,.0f}{tokens} on: batch x copies / compute ="
-        backward_s = sum(unit.backward_s for unit in self.workload.units)
         forward_s = sum(unit.forward_s for unit in self.workload.units)
+        below = self.workload.units[self.workload.lowest :]
+        backward_s = sum(unit.backward_s + self.recomputes * unit.forward_s for unit in below)
         parts = (
             ("loads under the forward", free.forward, forward_s),
             ("loads and gradients under the backward", free.backward, backward_s),
@@ -202,7 +205,7 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
             f"updates as fast as on this machine's host ({host.identity.cpu}, {host.identity.num_cores} cores)",
         )
     if profile.use_s == 0.0:
-        remarks += ("the engine itself takes no time",)
+        remarks += ("the engine itself takes no time, and operations start at once",)
     workload = workload_on(profile, played, host)
     speeds = profile.speeds(pinned=config.pin_memory is not False)
     limits, asked = _limits(profile, config), _asked(profile, played, config)
@@ -221,6 +224,7 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
         choice=choice,
         refusal=refusal,
         free=smallest_free_batch(workload, speeds, recompute=recomputes),
+        recomputes=recomputes,
         remarks=remarks,
     )
 
