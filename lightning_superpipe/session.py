@@ -189,6 +189,7 @@ class Session:
         self._num_steps += 1
         self._is_step_open, self._at_step_start = True, self._counters()
         self._engine.gradients.on_handed_over = self._meter.leave_out if is_counted else None
+        self._engine.gradients.on_leaving = self._meter.set_apart if is_counted else None
 
     def _use_spare_memory(self) -> None:
         """Let units stay in what the first steps left of the budget."""

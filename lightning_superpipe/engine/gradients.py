@@ -57,6 +57,7 @@ class GradientReturn:
 
     Attributes:
         on_handed_over: called with each gradient that came home without a copy, for those who measure.
+        on_leaving: called with each gradient whose copy home is about to start, for those who measure.
         on_home: called with a unit, some of its parameters and the event after which their gradients are complete.
     """
 
@@ -71,6 +72,7 @@ class GradientReturn:
         self._batch: list[_Shipment] = []
         self._batch_label: Label | None = None
         self.on_handed_over: Callable[[Tensor], None] | None = None
+        self.on_leaving: Callable[[Tensor], None] | None = None
         self.in_flight_bytes = 0
         self.peak_in_flight_bytes = 0
         self.on_home: Callable[[int, list[nn.Parameter], Event], None] | None = None
@@ -116,6 +118,9 @@ class GradientReturn:
             self._tell_handed_over(parameters)
             self._tell(label, parameters, Past())
             return
+        if self.on_leaving is not None:
+            for shipment in batch:
+                self.on_leaving(shipment.gradient)
         copies = [Copy(shipment.target, shipment.gradient) for shipment in batch]
         done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=label)
         # The job holds the device gradients until their copies are done: autograd may reuse the memory after that only

@@ -55,6 +55,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._current = 0
         self._peak = 0
         self._recent_peak = 0
+        self._apart: set[int] = set()  # storages that count in all, but not in the rest
+        self._apart_bytes = self._recent_rest = 0
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -80,12 +82,29 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             recent, self._recent_peak = self._recent_peak, self._current
             return recent
 
+    def set_apart(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor in all, but from now on not in the rest."""
+        with self._lock:
+            self._bury()
+            for storage in _storages(tensor):
+                if (key := _key(storage)) in self._sizes and key not in self._apart:
+                    self._apart.add(key)
+                    self._apart_bytes += self._sizes[key]
+
+    def take_recent_rest(self) -> tuple[int, int]:
+        """Return bytes without what was set apart: the most since the last call (or the start), and now."""
+        with self._lock:
+            self._bury()
+            now = self._current - self._apart_bytes
+            recent, self._recent_rest = self._recent_rest, now
+            return recent, now
+
     def leave_out(self, tensor: torch.Tensor) -> None:
         """Stop counting the storage of a tensor, which is accounted for elsewhere from now on."""
         with self._lock:
             self._bury()
             for storage in _storages(tensor):
-                self._current -= self._sizes.pop(_key(storage), 0)
+                self._forget(_key(storage))
 
     def counts(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor's storage is one of those that count."""
@@ -118,6 +137,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(storage, given)
             self._peak = max(self._peak, self._current)
             self._recent_peak = max(self._recent_peak, self._current)
+            self._recent_rest = max(self._recent_rest, self._current - self._apart_bytes)
         return result
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
@@ -136,7 +156,14 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _bury(self) -> None:
         """Subtract the storages that died since the last look; their keys may be used again only after this."""
         while self._dead:
-            self._current -= self._sizes.pop(self._dead.popleft(), 0)
+            self._forget(self._dead.popleft())
+
+    def _forget(self, key: int) -> None:
+        size = self._sizes.pop(key, 0)
+        self._current -= size
+        if key in self._apart:
+            self._apart.discard(key)
+            self._apart_bytes -= size
 
 
 def _nodes(outputs: Any, since: int) -> Iterator[Any]:

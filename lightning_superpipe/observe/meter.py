@@ -21,7 +21,8 @@ class Boundary(NamedTuple):
     Attributes:
         name: ``"F"`` or ``"B"`` of a unit, ``"turn"`` where backward begins, ``"home"`` where it ends, else empty.
         unit: its index; -1 where there is none.
-        peak_bytes: the most since the boundary before.
+        peak_bytes: the most since the boundary before; gradients of the unit itself count where the device's allocator
+            does not keep the counts.
         held_bytes: now.
     """
 
@@ -85,6 +86,11 @@ class Meter:
         if self._live is not None:
             self._live.leave_out(tensor)
 
+    def set_apart(self, tensor: torch.Tensor) -> None:
+        """A gradient is on its way home: it is no part of what compute takes."""
+        if self._live is not None:
+            self._live.set_apart(tensor)
+
     def counts(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor's memory is part of what is measured."""
         return self._live is None or self._live.counts(tensor)
@@ -98,7 +104,8 @@ class Meter:
         self.peak = max(self.peak, peak, key=lambda each: each.total)
         self.step_peak = max(self.step_peak, peak, key=lambda each: each.total)
         if self.trail is not None:
-            self.trail.append(Boundary(name, unit, max(0, peak_of_rest), max(0, rest)))
+            most, now_held = (peak_of_rest, rest) if self._live is None else self._live.take_recent_rest()
+            self.trail.append(Boundary(name, unit, max(0, most), max(0, now_held)))
         if self.recorder is not None:
             now = self.recorder.now()
             for activations in (peak_of_rest, rest):  # first the spike since the last look

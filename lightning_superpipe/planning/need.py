@@ -51,11 +51,11 @@ def forward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
 
 
 def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
-    """Return the most that a backward takes beside what is held, its gradients not counted."""
+    """Return the most that a backward takes beside what is held, its own gradients included."""
     if policy != "recompute":
         return unit.backward_bytes
     parts = micro_batches if unit.splits else 1
-    took = max(unit.forward_bytes, unit.activation_bytes + unit.backward_bytes)
+    took = unit.activation_bytes - unit.input_bytes + unit.backward_bytes
     return took if parts == 1 else took // parts + unit.gradient_bytes + unit.input_bytes
 
 
@@ -66,7 +66,7 @@ def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
     >>> device_need(Workload((unit,) * 4, anchor_bytes=3), Setting(k=2))
     DeviceBytes(slots=20, anchors=3, gradients=20, activations=21)
     >>> device_need(Workload((unit,) * 4), Setting(k=2, activations=("recompute",) * 4)).activations
-    9
+    10
     """
     units, micro_batches = workload.units, setting.micro_batches
     policies = [setting.policy(index) for index in range(len(units))]
@@ -84,6 +84,9 @@ def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
         if workload.trains and index >= workload.lowest:
             took = backward_peak_bytes(unit, policy, micro_batches)
             near = sum(offloaded[-_NUM_SENT - 1 :])
+            took -= min(took, unit.gradient_bytes)  # they count below
+            if policy == "recompute":
+                took = max(took, forward_peak_bytes(unit, policy, micro_batches))
             backwards.append((held + near, took))
     if workload.trains:
         worst = max(worst, held + sum(offloaded[-_NUM_SENT - 1 :]) + workload.turn_bytes)

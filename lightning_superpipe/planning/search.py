@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from lightning_superpipe.planning.workload import Setting, Speeds, Workload
 __all__ = ["Search"]
 
 _NUM_LEVELS = 9  # counts of units with another policy than to keep are tried at so many levels, then closer
+_MOST_MIXES = 100  # up to so many ways to give policies to units are all tried
 _WINDOWS = (2, 3, 4, 6, 8)
 _MOST_PLAYED_UNITS = 8000  # so many units may be played in all: bounds order settings well, so the best come early
 _NO_STALL = 0.01  # of a step
@@ -105,12 +108,23 @@ class Search:
             policies[index] = "recompute"
         return tuple(policies)
 
-    def _mixes(self) -> Iterator[tuple[int, int]]:
+    def _mixes(self) -> Iterator[tuple[tuple[str, ...], tuple[int, int] | None]]:
+        """Policies to try, and how many units recompute and offload; None where all there are are tried."""
+        open_policies = [self._open_policies(index) for index in range(self._n)]
+        if math.prod(len(each) for each in open_policies) <= _MOST_MIXES:
+            yield from ((policies, None) for policies in itertools.product(*open_policies))
+            return
         recomputes, offloads = len(self._can_recompute), len(self._can_offload)
         for num_offloaded in _levels(offloads):
             for num_recomputed in _levels(recomputes):
                 if num_offloaded + num_recomputed <= max(recomputes, offloads):
-                    yield num_recomputed, num_offloaded
+                    yield self._mix(num_recomputed, num_offloaded), (num_recomputed, num_offloaded)
+
+    def _open_policies(self, index: int) -> list[str]:
+        if (asked := self._policies[index]) is not None:
+            return [asked]
+        others = {"recompute": self._can_recompute, "offload": self._can_offload}
+        return ["keep", *(policy for policy, units in others.items() if index in units)]
 
     def _least_k(self) -> int:
         if self._k is not None:
@@ -155,15 +169,15 @@ class Search:
 
     def best(self) -> Setting | None:
         """Return the fastest setting, with no more slots than it needs; None if none fits."""
-        waiting: list[tuple[float, int, Setting, tuple[int, int]]] = []
+        waiting: list[tuple[float, int, Setting, tuple[int, int] | None]] = []
         for parts in self._micro_batches:
-            for mix in self._mixes():
-                if (parts > 1) > bool(mix[0] or "recompute" in self._policies):
+            for policies, mix in self._mixes():
+                if parts > 1 and "recompute" not in policies:
                     continue
-                base = replace(self._window(1), activations=self._mix(*mix), micro_batches=parts)
+                base = replace(self._window(1), activations=policies, micro_batches=parts)
                 if (setting := self._with_slots(base)) is not None:
                     heapq.heappush(waiting, (self._bounds.seconds(setting), len(waiting), setting, mix))
-        best: tuple[float, Setting, tuple[int, int]] | None = None
+        best: tuple[float, Setting, tuple[int, int] | None] | None = None
         while waiting and self.num_simulated < self._most_played // 2:
             bound_s, _, setting, mix = heapq.heappop(waiting)
             if best is not None and bound_s >= best[0] * (1 - self.tie):
@@ -173,7 +187,8 @@ class Search:
                 best = seconds, setting, mix
         if best is None:
             return None
-        return self._smallest_as_fast(self._best_window(self._closer(best[1], best[2])))
+        _, setting, mix = best
+        return self._smallest_as_fast(self._best_window(setting if mix is None else self._closer(setting, mix)))
 
     def _closer(self, setting: Setting, mix: tuple[int, int]) -> Setting:
         """Look between the levels at which policies were tried."""
@@ -244,8 +259,8 @@ class Search:
     def any_fitting(self) -> Setting | None:
         """Any setting that fits, without playing it; the first in order."""
         for parts in self._micro_batches:
-            for mix in self._mixes():
-                base = replace(self._window(1), activations=self._mix(*mix), micro_batches=parts)
+            for policies, _ in self._mixes():
+                base = replace(self._window(1), activations=policies, micro_batches=parts)
                 if (setting := self._with_slots(base)) is not None:
                     return setting
         return None
@@ -254,9 +269,9 @@ class Search:
         """The setting that needs least, whether it fits or not."""
         window = self._window(self._slot_range()[0])
         settings = [
-            replace(window, activations=self._mix(*mix), micro_batches=parts)
+            replace(window, activations=policies, micro_batches=parts)
             for parts in self._micro_batches
-            for mix in self._mixes()
+            for policies, _ in self._mixes()
         ]
         return min(settings, key=need)
 

@@ -282,22 +282,23 @@ class _Run:
         self._require(index)
         if (returning := self.returning.pop(index, None)) is not None:
             self._wait(returning, index)
-        recomputes = self.policies[index] == "recompute"
-        self._compute(unit.forward_s if recomputes else 0.0)
+        if self.policies[index] == "recompute":
+            self._note_backward_peak(index, forward_peak_bytes(unit, "recompute", self.setting.micro_batches), 0)
+            self._compute(unit.forward_s)
         while self.gradients and self.gradient_bytes + unit.gradient_bytes > self.limit_bytes:
             self._wait(self.gradients[0][0], index)
             self._let_go_of_gradients()
-        self._note_backward_peak(index)
+        took = backward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
+        own = min(took, unit.gradient_bytes)
+        self._note_backward_peak(index, took - own, own)
         self._compute(unit.backward_s)
         self.held_bytes -= self.saved_bytes[index]
         self.to_flush = index if self._is_trained(index) else -1
 
-    def _note_backward_peak(self, index: int) -> None:
+    def _note_backward_peak(self, index: int, took: int, own: int) -> None:
         while self.gradients and self.link.is_over(self.gradients[0][0], self.now):
             self._let_go_of_gradients()
-        unit = self.units[index]
-        took = backward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
-        self._note_peak(took, self.gradient_bytes + unit.gradient_bytes, Op.BACKWARD, index)
+        self._note_peak(took, self.gradient_bytes + own, Op.BACKWARD, index)
 
     def _let_go_of_gradients(self) -> None:
         self.gradient_bytes -= self.gradients.popleft()[1]

@@ -95,7 +95,7 @@ class UnitWork:
         input_bytes: held instead when recomputed: its inputs, as far as nothing else holds them.
         offload_bytes: of ``activation_bytes``, what offloading moves to the host and back.
         forward_bytes: most that its forward takes beside all that is held, its outputs included.
-        backward_bytes: most that its backward takes beside all that is held, its gradients not counted.
+        backward_bytes: most that its backward takes beside all that is held: its own gradients count, others' do not.
         policies: what may become of its activations.
         splits: whether its batch may be split into micro-batches.
         disk_read_bytes: read from a disk before each load.

@@ -67,7 +67,9 @@ def test_the_first_load_waits_for_its_own_update(update, first_wait, end_wait):
 
 def test_gradients_hold_backward_up_when_two_units_of_them_are_on_the_device():
     # Copies home take 10 s, backwards 1 s: the third waits until the first gradient is home, and so on.
-    step = simulate(chain(5, weight_bytes=0, gradient_bytes=10, backward_s=1.0), machine(), Setting(k=5))
+    step = simulate(
+        chain(5, weight_bytes=0, gradient_bytes=10, backward_s=1.0, backward_bytes=10), machine(), Setting(k=5)
+    )
     # B4 0-1, B3 1-2, B2 from 11 (G4 1-11), B1 from 21, B0 from 31; G0 41-51.
     assert step.stalls_s == (9.0, 9.0, 9.0, 0.0, 0.0)
     assert step.step_s == 51.0
