@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lightning_superpipe.engine.offload import MIN_BYTES
 from lightning_superpipe.observe.live_bytes import LiveBytes
 from lightning_superpipe.observe.rates import Work
 
@@ -78,7 +79,7 @@ class UnitTape:
         begin_bytes: alive when its forward began.
         end_bytes: alive when the next unit's forward began, or at the end of its own where there is none.
         input_bytes: of its inputs that no unit before had.
-        saved_bytes: of what autograd saved inside, weights left out.
+        saved_bytes: of what autograd saved inside and offloading would move: no weights, nothing small.
     """
 
     name: str
@@ -118,8 +119,9 @@ class Tape:
         return self._between
 
     @contextmanager
-    def recording(self, root: nn.Module) -> Iterator[None]:
-        """Scope of the step of a model that the units are part of."""
+    def recording(self, root: nn.Module, batch: Any) -> Iterator[None]:
+        """Scope of the step of a model that the units are part of, on a batch that was there before."""
+        self._seen_inputs = {_address(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
         self._weights = {_address(each) for each in (*root.parameters(), *root.buffers())}
         handles = [
             handle
@@ -196,9 +198,10 @@ class Tape:
 
         def pack(tensor: Tensor) -> Tensor:
             key = _address(tensor)
-            if key not in saved and key not in self._weights:
+            num_bytes = tensor.untyped_storage().nbytes()
+            if key not in saved and key not in self._weights and num_bytes >= MIN_BYTES:
                 saved.add(key)
-                tape.saved_bytes += tensor.untyped_storage().nbytes()
+                tape.saved_bytes += num_bytes
             return tensor
 
         return pack
@@ -207,9 +210,9 @@ class Tape:
         """Count the inputs that the step has made and no unit before had."""
         total = 0
         for leaf in tree_leaves(inputs):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().device.type == _STAND_INS:
+            if isinstance(leaf, Tensor):
                 key = _address(leaf)
-                if key not in self._seen_inputs:
+                if key not in self._seen_inputs and key not in self._weights:
                     self._seen_inputs.add(key)
                     total += leaf.untyped_storage().nbytes()
         return total

@@ -86,7 +86,7 @@ def _unit_work(profile: MachineProfile, host: MachineProfile, unit: PlayedUnit, 
         input_bytes=min(held, tape.input_bytes),
         offload_bytes=min(held, tape.saved_bytes),
         forward_bytes=max(0, tape.forward.peak_bytes - tape.begin_bytes),
-        backward_bytes=max(0, tape.backward.peak_bytes - tape.end_bytes - unit.gradient_bytes),
+        backward_bytes=max(0, tape.backward.peak_bytes - tape.end_bytes),
         policies=unit.policies,
         splits=unit.splits,
     )
