@@ -246,13 +246,15 @@ def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig)
             if policy not in unit.policies:
                 raise ConfigError(f"activations: unit {unit.tape.name!r} cannot {policy}. Use 'keep' or 'auto' for it.")
     # With k open, k_prime=1 is the default and nobody's wish.
-    has_k_prime = isinstance(config.k_prime, int) and (config.k != "auto" or config.k_prime > 1)
+    k_prime = config.k_prime if isinstance(config.k_prime, int) else None
+    if config.k == "auto" and k_prime == 1:
+        k_prime = None
     update = config.update
     if update == "auto":
         update = "at_once" if profile.emulated else "after_backward"
     return Asked(
         k=config.k if isinstance(config.k, int) else None,
-        k_prime=config.k_prime if has_k_prime else None,
+        k_prime=k_prime,
         resident=config.resident if isinstance(config.resident, int) else None,
         activations=policies,
         micro_batches=config.micro_batches,
