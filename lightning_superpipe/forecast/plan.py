@@ -246,7 +246,7 @@ def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig)
             if policy not in unit.policies:
                 raise ConfigError(f"activations: unit {unit.tape.name!r} cannot {policy}. Use 'keep' or 'auto' for it.")
     # With k open, k_prime=1 is the default and nobody's wish.
-    k_prime = config.k_prime if isinstance(config.k_prime, int) else None
+    k_prime: int | None = config.k_prime if isinstance(config.k_prime, int) else None
     if config.k == "auto" and k_prime == 1:
         k_prime = None
     update = config.update

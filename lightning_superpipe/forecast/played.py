@@ -112,7 +112,7 @@ def play(
     inside = {unit.name: copied.get_submodule(unit.name) for unit in found.units}
     again = {name: why_not_again(unit.modules(), ()) is None for name, unit in inside.items()}
     tape, values = Tape(inside), stand_ins.of_batch(batch)
-    with _quiet(), tape.recording(copied, values):
+    with _quiet(), tape.recording(copied):
         _run(copied, values, step or _default_step(copied), precision)
     optimizers, remarks = _optimizers(module, optimizer)
     masters = config.master_weights is not None

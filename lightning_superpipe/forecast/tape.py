@@ -78,7 +78,7 @@ class UnitTape:
         forward, backward: its work.
         begin_bytes: alive when its forward began.
         end_bytes: alive when the next unit's forward began, or at the end of its own where there is none.
-        input_bytes: of its inputs that no unit before had.
+        inner_bytes: of what its forward left, what nothing but its own backward needs: outputs do not count.
         saved_bytes: of what autograd saved inside and offloading would move: no weights, nothing small.
     """
 
@@ -87,7 +87,7 @@ class UnitTape:
     backward: Part = field(default_factory=Part)
     begin_bytes: int = 0
     end_bytes: int = 0
-    input_bytes: int = 0
+    inner_bytes: int = 0
     saved_bytes: int = 0
 
 
@@ -110,7 +110,8 @@ class Tape:
         self._depth = 0
         self._is_backward = False
         self._weights: set[int] = set()
-        self._seen_inputs: set[int] = set()
+        self._given: set[int] = set()
+        self._entered = 0
         self._gradients: list[Tensor] = []
 
     @property
@@ -119,9 +120,8 @@ class Tape:
         return self._between
 
     @contextmanager
-    def recording(self, root: nn.Module, batch: Any) -> Iterator[None]:
-        """Scope of the step of a model that the units are part of, on a batch that was there before."""
-        self._seen_inputs = {_address(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)}
+    def recording(self, root: nn.Module) -> Iterator[None]:
+        """Scope of the step of a model that the units are part of."""
         self._weights = {_address(each) for each in (*root.parameters(), *root.buffers())}
         handles = [
             handle
@@ -170,7 +170,8 @@ class Tape:
             if tape is None:
                 tape = self._by_name[name] = UnitTape(name, begin_bytes=now if self.units else 0)
                 self.units.append(tape)
-            tape.input_bytes += self._new_inputs((args, kwargs))
+            self._given = self._weights | {_address(leaf) for leaf in _tensors((args, kwargs))}
+            self._entered = now
             self._switch(tape.forward)
             tape.forward.add(self._between)
             self._saving = torch.autograd.graph.saved_tensors_hooks(self._packing(tape), lambda value: value)
@@ -184,11 +185,15 @@ class Tape:
             if self._is_backward or self._depth:
                 return
             self._saving.__exit__()
-            self._by_name[name].end_bytes = self._live.current_bytes
+            tape = self._by_name[name]
+            tape.end_bytes = self._live.current_bytes
+            made = {_address(leaf): leaf.untyped_storage().nbytes() for leaf in _tensors(outputs)}
+            kept = sum(num_bytes for address, num_bytes in made.items() if address not in self._given)
+            tape.inner_bytes += tape.end_bytes - self._entered - kept
             self._between = Part()
             self._switch(self._between)
-            for leaf in tree_leaves(outputs):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
+            for leaf in _tensors(outputs):
+                if leaf.requires_grad:
                     leaf.register_hook(self._returning(name))  # type: ignore[no-untyped-call]
 
         return leave
@@ -205,17 +210,6 @@ class Tape:
             return tensor
 
         return pack
-
-    def _new_inputs(self, inputs: Any) -> int:
-        """Count the inputs that the step has made and no unit before had."""
-        total = 0
-        for leaf in tree_leaves(inputs):
-            if isinstance(leaf, Tensor):
-                key = _address(leaf)
-                if key not in self._seen_inputs and key not in self._weights:
-                    self._seen_inputs.add(key)
-                    total += leaf.untyped_storage().nbytes()
-        return total
 
     # -- backward
 
@@ -246,8 +240,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
         known = {_address(tensor) for tensor in inputs}
         is_view = not func._schema.is_mutable and outputs and all(_address(each) in known for each in outputs)
         if outputs and not is_view and any(_is_stand_in(each) for each in outputs):
@@ -269,6 +262,10 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
         return int(flop_registry[packet](*args[:3], out_val=result))
     count = flop_registry.get(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=result))
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    yield from (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _is_stand_in(tensor: Tensor) -> bool:
