@@ -17,6 +17,8 @@ from lightning_superpipe.errors import SuperpipeError
 if TYPE_CHECKING:
     from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, enable
     from lightning_superpipe.adapters.transformers import SuperpipeTrainer, SuperpipeTrainerMixin
+    from lightning_superpipe.forecast.machine import machine_profile, profile_machine
+    from lightning_superpipe.forecast.plan import plan
 
 if "pytorch_lightning" in sys.modules:  # importing the second namespace unasked would cost seconds
     import lightning_superpipe.pytorch_lightning  # noqa: F401  # registers itself
@@ -37,17 +39,23 @@ __all__ = [
     "__version__",
     "attach",
     "enable",
+    "machine_profile",
+    "plan",
+    "profile_machine",
 ]
 
-_LATE = {  # names of packages that not everybody has, and that take seconds to import
-    "SuperpipeAccelerator": "accelerate",
-    "enable": "accelerate",
-    "SuperpipeTrainer": "transformers",
-    "SuperpipeTrainerMixin": "transformers",
+_LATE = {  # what needs packages that not everybody has, or that take time to import
+    "SuperpipeAccelerator": "adapters.accelerate",
+    "enable": "adapters.accelerate",
+    "SuperpipeTrainer": "adapters.transformers",
+    "SuperpipeTrainerMixin": "adapters.transformers",
+    "machine_profile": "forecast.machine",
+    "plan": "forecast.plan",
+    "profile_machine": "forecast.machine",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"lightning_superpipe.adapters.{_LATE[name]}"), name)
+    return getattr(import_module(f"lightning_superpipe.{_LATE[name]}"), name)

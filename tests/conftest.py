@@ -6,12 +6,14 @@ import contextlib
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 
 # Read by the libraries when they are imported, so set before any of them is.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from their configurations, never downloaded
+os.environ["SUPERPIPE_CACHE"] = tempfile.mkdtemp(prefix="superpipe-tests-")  # no test sees a profile of the user's
 
 import pytest
 import torch

@@ -41,9 +41,12 @@ LAYERS: dict[str, set[str]] = {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
         *("device_memory", "profiling", "promotions", "rewind", "tuning"),
     },
+    "forecast": {
+        *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "session"),
+    },
     "adapters": {"session", "config", "errors", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming
-    "app": {"adapters", "session", "config", "errors", "observe", "planning", "sweeps"},
+    "app": {"adapters", "forecast", "session", "config", "errors", "observe", "planning", "sweeps"},
     "sweeps": {"errors", "config", "observe"},
 }
 MAY_KNOW_FRAMEWORKS = {"adapters", "app", "recipes"}

@@ -36,7 +36,7 @@ class Block(NamedTuple):
 # `<!-- run: FILE -->` above a bash block: it reads that file. Runs are cut to a few steps; nothing else is changed.
 COMMANDS = re.compile(r"<!-- run(?:: (\S+))? -->\n```bash\n(.*?)```\n", re.DOTALL)
 SWEEP = ["debug=tiny", "model.config.n_layer=2"]
-SHORT = {"report": [], "plan": [], "-m": SWEEP, "experiment=language_model": SWEEP}
+SHORT = {"report": [], "plan": [], "profile": [], "-m": SWEEP, "experiment=language_model": SWEEP}
 CHATS = [{"prompt": f"What is {n} and {n}?", "completion": f"{2 * n}."} for n in range(40)]
 
 BLOCKS = [
@@ -66,7 +66,7 @@ def test_a_python_block_runs_and_prints_what_it_says(block: Block, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(2 * SECONDS)
-@pytest.mark.parametrize(("file", "commands"), COMMANDS.findall(README), ids=["modes", "own data", "sweep"])
+@pytest.mark.parametrize(("file", "commands"), COMMANDS.findall(README), ids=["modes", "own data", "before", "sweep"])
 def test_a_block_of_commands_runs(file: str, commands: str, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if file:

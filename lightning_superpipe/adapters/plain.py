@@ -16,12 +16,13 @@ from lightning_superpipe.adapters.checks import remarks
 from lightning_superpipe.adapters.materialize import refuse_meta
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning
+from lightning_superpipe.observe.identity import default_device
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
 
-__all__ = ["Pipe", "attach", "bring_home", "default_device"]
+__all__ = ["Pipe", "attach", "bring_home"]
 
 _HOST = torch.device("cpu")
 
@@ -119,12 +120,6 @@ def attach(
     """
     chosen = SuperpipeConfig.from_options(**options) if config is None else config
     return Pipe(model, optimizers, chosen, default_device() if device is None else torch.device(device))
-
-
-def default_device() -> torch.device:
-    """The machine's accelerator with its current index, or the CPU."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return _HOST if found is None else torch.device(found.type, torch.accelerator.current_device_index())
 
 
 def bring_home(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:

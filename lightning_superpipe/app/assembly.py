@@ -19,7 +19,15 @@ from lightning_superpipe.app.groups import group_options
 from lightning_superpipe.config import nearest
 from lightning_superpipe.errors import ConfigError
 
-__all__ = ["Parts", "assemble", "build", "build_module", "ordinary_strategy"]
+__all__ = [
+    "Parts",
+    "assemble",
+    "build",
+    "build_module",
+    "build_without_memory",
+    "first_batch",
+    "ordinary_strategy",
+]
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
@@ -80,6 +88,37 @@ def build_module(config: DictConfig) -> L.LightningModule:
     makers = {key: build(config[key], key) for key in ("optimizer", "scheduler") if config[key]}
     module: L.LightningModule = build(config.model, "model", optional=makers)
     return module
+
+
+def build_without_memory(config: DictConfig) -> L.LightningModule:
+    """Return the module on the meta device, however large it is; one that cannot be made there is made on the host.
+
+    Raises:
+        ConfigError: there is no model, or its constructor refuses its arguments.
+    """
+    try:
+        with torch.device("meta"):
+            module = build_module(config)
+            module.configure_model()
+    except (RuntimeError, NotImplementedError):  # of a constructor that looks at values
+        module = build_module(config)
+        module.configure_model()
+    return module
+
+
+def first_batch(config: DictConfig) -> Any:
+    """Return the first batch of training.
+
+    Raises:
+        ConfigError: the data's constructor refuses its arguments, or there is no batch.
+    """
+    data: L.LightningDataModule = build(config.data, "data")
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()), None)
+    if batch is None:
+        raise ConfigError("`data`: training has no batch to look at. Use more data, or a smaller batch_size.")
+    return batch
 
 
 def build(node: DictConfig, key: str, *, optional: Mapping[str, Any] | None = None, **arguments: Any) -> Any:

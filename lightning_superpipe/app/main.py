@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["report"]:
         return _report(words[1:])
+    if words[:1] == ["profile"] and not {"--help", "-h"} & set(words):
+        return _profile(words[1:])
     if "--help" in words or "-h" in words:
         print(help_text())
         return 0
@@ -82,6 +84,18 @@ def _report(words: list[str]) -> int:
 
     try:
         print_report(words[0])
+    except SuperpipeError as error:
+        print(f"superpipe: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _profile(words: list[str]) -> int:
+    """Measure and print this machine; return the exit status."""
+    from lightning_superpipe.app.profile import print_profile  # no other word needs it
+
+    try:
+        print_profile(words)
     except SuperpipeError as error:
         print(f"superpipe: {error}", file=sys.stderr)
         return 1

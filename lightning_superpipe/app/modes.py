@@ -10,15 +10,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from lightning_superpipe.adapters.strategy import SuperpipeMixin
-from lightning_superpipe.app.assembly import Parts, assemble, build, build_module
+from lightning_superpipe.app.assembly import Parts, assemble, build, build_without_memory, first_batch
 from lightning_superpipe.app.job import Job
 from lightning_superpipe.app.predictions import write_predictions
-from lightning_superpipe.app.preview import predicted_peak_bytes, preview
 from lightning_superpipe.app.quiet import quieten
 from lightning_superpipe.app.steps import StepClock
 from lightning_superpipe.config import parse_bytes
 from lightning_superpipe.errors import ConfigError, SuperpipeError, UnsupportedError
-from lightning_superpipe.observe import write_recording
+from lightning_superpipe.forecast.machine import kept_profile
+from lightning_superpipe.forecast.plan import forecast_of, profile_of
+from lightning_superpipe.forecast.played import play
+from lightning_superpipe.forecast.preview import predicted_peak_bytes, preview
+from lightning_superpipe.observe import shipped_names, write_recording
 from lightning_superpipe.sweeps import JobResult, record_job
 
 __all__ = ["MODES", "run"]
@@ -90,13 +93,27 @@ def predict(job: Job) -> None:
 
 
 def plan(job: Job) -> None:
-    """Print units, window and plan; nothing runs."""
-    strategy = build(job.config.superpipe, "superpipe")
+    """Print units, window and plan, and what a run would take on device=NAME; nothing runs."""
+    config = job.config
+    strategy = build(config.superpipe, "superpipe")
     if not isinstance(strategy, SuperpipeMixin):
         raise _nothing_streams("plan")
-    module = build_module(job.config)
-    module.configure_model()
+    module = build_without_memory(config)
     print(preview(module, strategy.config))
+    print()
+    profile = kept_profile() if config.device is None else profile_of(config.device)
+    if profile is None:
+        print(
+            f"Times and activations: device=NAME predicts for one of {', '.join(shipped_names())}; `superpipe profile` "
+            "measures this machine."
+        )
+        return
+    if not config.data:
+        print("Times and activations need a batch: choose data=NAME.")
+        return
+    batch = first_batch(config)
+    played = play(module, batch, strategy.config, precision=str(config.trainer.get("precision", "32-true")))
+    print(forecast_of(profile, played, strategy.config))
 
 
 def trace(job: Job) -> None:

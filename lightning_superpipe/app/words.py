@@ -17,6 +17,8 @@ _WITH_VALUE = frozenset(
     + ("-c", "--cfg", "-i", "--info", "--experimental-rerun")
 )
 
+_SHORT = {"k": "superpipe.k", "k_prime": "superpipe.k_prime", "batch_size": "data.batch_size"}
+
 _HELP = """\
 superpipe: train models larger than your device's memory, as a Hydra application.
 
@@ -25,12 +27,16 @@ superpipe: train models larger than your device's memory, as a Hydra application
 Modes
 {modes}
   report FOLDER  table and picture of a sweep
+  profile        Measure this machine; keep it for plan. [device=cuda] [disk=FOLDER] [output=FILE.json] [--again]
 
 Groups
 {groups}
 
+Short words: k and k_prime for superpipe.k and superpipe.k_prime, batch_size for data.batch_size.
+
 Examples
-  superpipe plan experiment=NAME superpipe.k=2      what would stream, in which order; nothing runs
+  superpipe plan experiment=NAME k=2                what would stream, in which order; nothing runs
+  superpipe plan experiment=NAME device=MACHINE     time and memory for a table of windows on any machine
   superpipe train experiment=NAME superpipe=off     the same without streaming
   superpipe -m experiment=NAME superpipe.k=1,2,4    a sweep; then: superpipe report multirun/NAME
   superpipe train experiment=NAME --cfg job         the whole configuration; runs nothing
@@ -45,8 +51,8 @@ def overrides_of(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a word is no mode.
 
-    >>> overrides_of(["-m", "bench", "superpipe.k=1,2"])
-    ['-m', 'mode=bench', 'superpipe.k=1,2']
+    >>> overrides_of(["-m", "bench", "k=1,2", "batch_size=8"])
+    ['-m', 'mode=bench', 'superpipe.k=1,2', 'data.batch_size=8']
     """
     return list(_translated(words))
 
@@ -57,9 +63,10 @@ def _translated(words: Sequence[str]) -> Iterator[str]:
         is_override = "=" in word or word.startswith(("-", "~", "+")) or before in _WITH_VALUE
         if not is_override and word not in MODES:
             raise ConfigError(
-                f"{word!r} is no mode: {nearest(word, [*MODES, 'report'])} (Values are given as key=value.)"
+                f"{word!r} is no mode: {nearest(word, [*MODES, 'report', 'profile'])} (Values are given as key=value.)"
             )
-        yield word if is_override else f"mode={word}"
+        key, equals, value = word.partition("=")
+        yield f"{_SHORT.get(key, key)}{equals}{value}" if is_override else f"mode={word}"
         before = word
 
 

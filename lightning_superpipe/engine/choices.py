@@ -36,12 +36,13 @@ def wire_of(root: nn.Module, config: SuperpipeConfig) -> Wire:
 
 def memory_need(root: nn.Module, found: Partition, wire: Wire, *, trains: bool) -> MemoryNeed:
     """Device bytes that are known before anything runs."""
-    sizes = {unit.name: slot_bytes_of(unit.module, found.anchors, wire) for unit in found.units}
+    abstract = found.is_abstract
+    sizes = {unit.name: slot_bytes_of(unit.module, found.anchors, wire, is_abstract=abstract) for unit in found.units}
     largest = max(sizes, key=lambda name: sizes[name])
     present = [p for p in root.parameters() if not nn.parameter.is_lazy(p)]
     anchors = sum(wire.num_bytes(parameter) for parameter in present if id(parameter) in found.anchors)
     buffers = sum(map(wire.num_bytes, root.buffers()))
-    trained = max(trained_bytes_of(unit.module, found.anchors, wire) for unit in found.units)
+    trained = max(trained_bytes_of(unit.module, found.anchors, wire, is_abstract=abstract) for unit in found.units)
     return MemoryNeed(sizes[largest], largest, anchors + buffers, len(sizes), trains=trains, trained_bytes=trained)
 
 

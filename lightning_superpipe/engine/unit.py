@@ -357,15 +357,22 @@ def lay_out(parameters: Sequence[nn.Parameter], wire: Wire | None = None) -> tup
     return offsets, end
 
 
-def slot_bytes_of(module: nn.Module, anchors: Container[int], wire: Wire | None = None) -> int:
+def slot_bytes_of(
+    module: nn.Module, anchors: Container[int], wire: Wire | None = None, *, is_abstract: bool = False
+) -> int:
     """Bytes of the slot that a module needs as a unit."""
-    return lay_out([p for p in module.parameters() if id(p) not in anchors and is_streamable(p)], wire)[1]
+    return lay_out(_streamed(module, anchors, is_abstract), wire)[1]
 
 
-def trained_bytes_of(module: nn.Module, anchors: Container[int], wire: Wire | None = None) -> int:
+def trained_bytes_of(
+    module: nn.Module, anchors: Container[int], wire: Wire | None = None, *, is_abstract: bool = False
+) -> int:
     """Bytes of the gradients that a module makes as a unit."""
-    parameters = [p for p in module.parameters() if id(p) not in anchors and is_streamable(p)]
-    return lay_out([p for p in parameters if p.requires_grad], wire)[1]
+    return lay_out([p for p in _streamed(module, anchors, is_abstract) if p.requires_grad], wire)[1]
+
+
+def _streamed(module: nn.Module, anchors: Container[int], is_abstract: bool) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if id(p) not in anchors and is_streamable(p, is_abstract=is_abstract)]
 
 
 def _derived_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -22,14 +22,14 @@ __all__ = ["LiveBytes"]
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While active, counts storages created by operations on one type of device, until each of them dies.
+    """While active, counts storages created by operations on some type of device, until each of them dies.
 
     A storage counts once, whatever views share it; one that an operation was given, and so did not create, does not
     count, nor do workspaces inside kernels and tensors without one storage (sparse ones). Storages are held weakly and
     the count goes on after the mode has ended. Autograd carries the mode to its own threads. No number changes.
 
     Args:
-        device_type: such as ``"cuda"`` or ``"cpu"``.
+        device_types: such as ``"cuda"`` or ``"cpu"``; with several, all together.
         exclude: ``data_ptr()`` of storages that are accounted for elsewhere (slots).
 
     Cost: some ten microseconds per operation; meant for one step in a run.
@@ -43,10 +43,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # Compiled regions and higher-order operations run as they do without the mode, else numbers could change.
     supports_higher_order_operators = True
 
-    def __init__(self, device_type: str, exclude: Iterable[int] = ()) -> None:
+    def __init__(self, *device_types: str, exclude: Iterable[int] = ()) -> None:
         """Start at zero bytes; nothing is counted before the mode is entered."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device_type = device_type
+        self.device_types = frozenset(device_types)
         self.exclude = set(exclude)
         self._lock = threading.Lock()
         self._sizes: dict[int, int] = {}  # storage -> its bytes
@@ -151,7 +151,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._current += storage.nbytes() - self._sizes[key]
             self._sizes[key] = storage.nbytes()
             return
-        if key in given or storage.device.type != self.device_type or storage.data_ptr() in self.exclude:
+        if key in given or storage.device.type not in self.device_types or storage.data_ptr() in self.exclude:
             return
         self._sizes[key] = storage.nbytes()
         self._current += storage.nbytes()

@@ -18,10 +18,12 @@ OUTSIDE = "outside units"  # owned by a module that no unit contains
 SCRIPTED = "scripted"  # a ScriptModule takes no other tensor in place of its own
 SHARES_STORAGE = "shares storage"  # a write to it shows in another tensor of the model: copies would not
 
+_META = "meta"
+
 # What the tensor itself is, first match. Streaming swaps an ordinary Parameter of the same sizes and strides in.
 _OBSTACLES: dict[str, Callable[[Tensor], bool]] = {
     "lazy": lambda tensor: is_lazy(tensor),
-    "meta": lambda tensor: tensor.device.type == "meta",
+    _META: lambda tensor: tensor.device.type == "meta",
     "tensor subclass": lambda tensor: type(tensor) is not nn.Parameter,
     "sparse": lambda tensor: tensor.layout is not torch.strided,
     "not a leaf": lambda tensor: not tensor.is_leaf,
@@ -34,13 +36,16 @@ _QUANTIZED_PACKAGES = {"torchao"}
 _NARROW_DTYPES = ("torch.float8_", "torch.float4_")
 
 
-def is_streamable(parameter: Tensor) -> bool:
+def is_streamable(parameter: Tensor, *, is_abstract: bool = False) -> bool:
     """Tell whether the tensor itself may stream; who uses it is another question (`find_anchors`).
+
+    Args:
+        is_abstract: tensors of the meta device count as those that will take their place.
 
     >>> is_streamable(nn.Parameter(torch.ones(3, 2))), is_streamable(nn.Parameter(torch.ones(3, 4)[:, :2]))
     (True, False)
     """
-    return _obstacle(parameter) is None
+    return _obstacle(parameter, is_abstract) is None
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -98,19 +103,20 @@ def refuse_unsupported(root: nn.Module) -> None:
             )
 
 
-def find_anchors(root: nn.Module, units: Sequence[nn.Module]) -> dict[int, str]:
+def find_anchors(root: nn.Module, units: Sequence[nn.Module], *, is_abstract: bool = False) -> dict[int, str]:
     """Return the parameters that do not stream: ``id(parameter)`` -> reason.
 
     Args:
         root: the whole model.
         units: modules inside it, none inside another.
+        is_abstract: see :func:`is_streamable`.
     """
     uses, scripted = _uses(root, units)
     overlapping = _overlapping(chain(root.parameters(), root.buffers()))
     anchors = {}
     for parameter in root.parameters():
         key = id(parameter)
-        reason = _obstacle(parameter)
+        reason = _obstacle(parameter, is_abstract)
         if reason is None and key in scripted:
             reason = SCRIPTED
         if reason is None and key in overlapping:
@@ -124,9 +130,10 @@ def find_anchors(root: nn.Module, units: Sequence[nn.Module]) -> dict[int, str]:
     return anchors
 
 
-def _obstacle(parameter: Tensor) -> str | None:
+def _obstacle(parameter: Tensor, is_abstract: bool) -> str | None:
     """Return what about the tensor itself keeps it from streaming, or None."""
-    return next((reason for reason, applies in _OBSTACLES.items() if applies(parameter)), None)
+    found = (reason for reason, applies in _OBSTACLES.items() if applies(parameter))
+    return next((reason for reason in found if not (is_abstract and reason == _META)), None)
 
 
 def _uses(root: nn.Module, units: Sequence[nn.Module]) -> tuple[dict[int, set[int | None]], set[int]]:

@@ -47,19 +47,23 @@ class Partition:
     Attributes:
         units: in registration order, none inside another, each with at least one streamed parameter.
         anchors: ``id(parameter)`` -> why it has a permanent device copy instead.
+        is_abstract: parameters on the meta device were taken for those that will take their place.
     """
 
     units: tuple[UnitSpec, ...]
     anchors: dict[int, str]
+    is_abstract: bool = False
 
 
-def partition(root: nn.Module, units: UnitChoice = None) -> Partition:
+def partition(root: nn.Module, units: UnitChoice = None, *, is_abstract: bool = False) -> Partition:
     """Divide a model into units and anchors; the root itself is never a unit.
 
     Args:
         root: the model; its structure must not change while the partition is in use.
         units: class names, module names or patterns, or a callable ``(name, module) -> bool``; the outermost matches
             become units, everything beside them follows the automatic rule. None: the rule alone.
+        is_abstract: take parameters on the meta device for those that will take their place, to look at a model that
+            has no memory yet.
 
     Raises:
         PartitionError: no units found, or ``units`` names something that is not there.
@@ -78,11 +82,11 @@ def partition(root: nn.Module, units: UnitChoice = None) -> Partition:
     found = {id(module): module for module in _find(tree, root)}
     nested = {id(inner) for module in found.values() for inner in module.modules() if inner is not module}
     modules = [found[key] for key in names if key in found and key not in nested]
-    anchors = find_anchors(root, modules)
+    anchors = find_anchors(root, modules, is_abstract=is_abstract)
     specs = tuple(UnitSpec(names[id(module)], module) for module in modules if _streams(module, anchors))
     if not specs:
         raise PartitionError(_no_units(root, anchors))
-    return Partition(specs, anchors)
+    return Partition(specs, anchors, is_abstract)
 
 
 def unit_bytes(module: nn.Module, anchors: Container[int]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_superpipe.errors import ConfigError
@@ -57,7 +58,9 @@ def make_network(
 
 
 def _load(auto_class: Any, pretrained: str, dtype: str, changes: Mapping[str, Any]) -> nn.Module:
-    """Read a network from a folder or from the hub."""
+    """Read a network from a folder or from the hub; on the meta device its configuration alone."""
+    if torch.get_default_device().type == "meta":
+        return _load_shape(auto_class, pretrained, dtype, changes)
     _refuse_incomplete(Path(pretrained))
     try:
         network: nn.Module = auto_class.from_pretrained(pretrained, dtype=dtype, **changes)
@@ -67,6 +70,20 @@ def _load(auto_class: Any, pretrained: str, dtype: str, changes: Mapping[str, An
             "or a name on the hub (which needs a network)."
         ) from error
     return network.train()  # transformers loads for evaluation, and Lightning leaves modules as they are
+
+
+def _load_shape(auto_class: Any, pretrained: str, dtype: str, changes: Mapping[str, Any]) -> nn.Module:
+    """Make a network like the one in a folder or on the hub, without its weights."""
+    options = {name: value for name, value in changes.items() if name != "ignore_mismatched_sizes"}
+    try:
+        config = require("transformers").AutoConfig.from_pretrained(pretrained, **options)
+        network: nn.Module = auto_class.from_config(config, dtype=config.dtype if dtype == "auto" else dtype)
+    except Exception as error:  # of the configuration, of the file system
+        raise ConfigError(
+            f"pretrained={pretrained!r} has no configuration to read: {_first_line(error)} Give a folder that "
+            "save_pretrained wrote, or a name on the hub (which needs a network)."
+        ) from error
+    return network
 
 
 def _refuse_incomplete(folder: Path) -> None:

@@ -12,17 +12,14 @@ __all__ = ["describe_machine"]
 
 def describe_machine() -> dict[str, str]:
     """Return system, cores and memory, and the accelerator where there is one, as text by name."""
-    facts = {"system": f"{platform.system()} {platform.machine()}", "cores": str(_num_cores())}
+    from lightning_superpipe.observe.identity import num_cores  # needs torch, which rows are read without
+
+    facts = {"system": f"{platform.system()} {platform.machine()}", "cores": str(num_cores())}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         facts["memory"] = naturalsize(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), binary=True)
     if accelerator := _accelerator():
         facts["accelerator"] = accelerator
     return facts
-
-
-def _num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _accelerator() -> str | None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe import CopyRate, MachineProfile, Route, UpdateRate, measure_machine
 from lightning_superpipe.observe.measure import measure_copies, measure_updates
+from lightning_superpipe.observe.rates import ComputeRate, DiskRoute, MemoryRate, Work
 
 CPU = torch.device("cpu")
 PROFILE = MachineProfile(
@@ -57,7 +61,7 @@ def _without(name: str) -> dict[str, Any]:
         {},
         _without("copies"),
         {**PROFILE.to_dict(), "format": "lightning_superpipe.row"},
-        {**PROFILE.to_dict(), "version": 2},
+        {**PROFILE.to_dict(), "version": 1},
         {**PROFILE.to_dict(), "copies": [{"route": "sideways", "pinned": True, "num_bytes": 1, "seconds": [1.0]}]},
         {**PROFILE.to_dict(), "copies": [{"route": "h2d", "pinned": True, "num_bytes": 1, "seconds": []}]},
         {**PROFILE.to_dict(), "updates": [{"num_threads": 1, "num_parameters": 1, "dtype": "x", "seconds": [0.0]}]},
@@ -102,3 +106,83 @@ def test_copies_leave_nothing_on_the_device(route: Route, emu: torch.device) -> 
 
 def test_updates_of_more_than_one_tensor_count_all_parameters() -> None:
     assert measure_updates(9 << 20, torch.float32, 1, num_samples=1).num_parameters == 8 << 20
+
+
+def test_compute_memory_and_disk_are_measured_where_sizes_are_given(tmp_path: Path) -> None:
+    said: list[str] = []
+    profile = measure_machine(
+        CPU,
+        copy_bytes=[1 << 10],
+        num_parameters=1000,
+        threads=[1],
+        widths=[16, 64],
+        memory_bytes=[1 << 12, 1 << 16],
+        disk=tmp_path,
+        disk_bytes=[1 << 12, 5000],
+        num_samples=2,
+        say=said.append,
+    )
+    assert [(rate.dtype, rate.num_flops) for rate in profile.computes[:2]] == [("float32", 8192), ("float32", 524288)]
+    assert {(rate.work, rate.num_bytes) for rate in profile.memory} == {
+        (work, size) for work in Work for size in (1 << 12, 1 << 16)
+    }
+    assert {(rate.route, rate.num_bytes) for rate in profile.disks} == {
+        (route, size) for route in DiskRoute for size in (1 << 12, 1 << 13)
+    }
+    assert list(tmp_path.iterdir()) == [], "nothing is left on the disk"
+    assert said and profile.launch_s > 0 and profile.room.host_total > profile.room.host_free > 0
+    speeds = profile.speeds()
+    assert speeds.disk_read is not None and speeds.disk_write is not None
+    assert MachineProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+def test_a_disk_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SuperpipeError, match=r"nowhere.*cannot be measured"):
+        measure_machine(
+            CPU, copy_bytes=[1], num_parameters=1, threads=[1], disk=tmp_path / "nowhere", disk_bytes=[1], num_samples=1
+        )
+
+
+def test_speeds_come_from_pinned_copies_and_from_pageable_ones_where_there_are_none() -> None:
+    pageable = tuple(
+        CopyRate(route, False, size, (size / 1e9,)) for route in Route for size in (1 << 20, 1 << 24)
+    )  # 1 GB/s
+    pinned = tuple(CopyRate(copy.route, True, copy.num_bytes, (copy.num_bytes / 1e10,)) for copy in pageable)
+    both = replace(PROFILE, copies=pageable + pinned)
+    assert both.speeds().h2d.seconds(1 << 24) == pytest.approx((1 << 24) / 1e10)
+    assert both.speeds(pinned=False).d2h.seconds(1 << 24) == pytest.approx((1 << 24) / 1e9)
+    without = replace(PROFILE, copies=pageable, why_not_pinned="no allocator")
+    assert without.speeds() == both.speeds(pinned=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU memory can be page-locked")
+def test_this_machine_says_why_it_has_no_page_locked_memory() -> None:
+    code = (  # in a process of its own: the emulated device of other tests page-locks memory
+        "import torch; from lightning_superpipe.observe import measure_machine\n"
+        "cpu = torch.device('cpu')\n"
+        "made = measure_machine(cpu, copy_bytes=[1024], num_parameters=10, threads=[1], num_samples=1)\n"
+        "assert not any(copy.pinned for copy in made.copies)\n"
+        "assert made.speeds() == made.speeds(pinned=False)\n"
+        "print(made.why_not_pinned)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "pin_memory" in ran.stdout
+
+
+def test_a_profile_without_copies_has_no_speeds() -> None:
+    with pytest.raises(SuperpipeError, match=r"no copies from the device.*superpipe profile --again"):
+        PROFILE.speeds()
+
+
+def test_dtypes_answer_for_each_other_and_updates_follow_their_bytes() -> None:
+    rates = (ComputeRate("float32", 100, (2.0,)), ComputeRate("float16", 100, (1.0,)))
+    profile = replace(PROFILE, computes=rates, memory=(MemoryRate(100, (3.0,)),))
+    for dtype, seconds in (("float32", 2.0), ("float16", 1.0), ("bfloat16", 1.0), ("float64", 2.0)):
+        curve = profile.compute_curve(dtype)
+        assert curve is not None and curve.seconds(100) == pytest.approx(seconds)
+    draws = profile.memory_curve(Work.RANDOM)
+    assert draws is not None and draws.seconds(100) == pytest.approx(3.0)
+    assert profile.update_seconds("float32", 10**9) == pytest.approx(0.2)
+    assert profile.update_seconds("float32", 7 * 10**9, num_states=0) == pytest.approx(0.6)
+    assert PROFILE.compute_curve("float32") is None and PROFILE.memory_curve() is None

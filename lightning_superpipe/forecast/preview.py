@@ -5,16 +5,16 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
-import torch
 from humanize import naturalsize
 from torch import nn
 
 from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.engine.choices import memory_need, wire_of
+from lightning_superpipe.partition import UnitTable, partition, unit_table
 from lightning_superpipe.planning.actions import Op, Plan
-from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.budget import MemoryNeed, choose_k
 from lightning_superpipe.planning.lower import forward_keep, lower_window
 from lightning_superpipe.planning.order import forward_order, training_order
-from lightning_superpipe.session import Session, UnitTable
 
 __all__ = ["Preview", "predicted_peak_bytes", "preview"]
 
@@ -70,17 +70,19 @@ class Preview:
 
 
 def preview(module: nn.Module, config: SuperpipeConfig) -> Preview:
-    """Return what streaming the module would mean; nothing of it runs, and it stays as it is.
+    """Return what streaming the module would mean; nothing of it runs, and it may be on the meta device.
 
     Raises:
         PartitionError, UnsupportedError: the module cannot be streamed, or not as asked.
         BudgetError: the window does not fit ``device_memory``.
     """
-    session = Session(module, config, torch.device("cpu"), trains=True)
-    try:
-        units, k, k_prime = session.units, session.k, session.k_prime
-    finally:
-        session.close()
+    found = partition(module, config.units, is_abstract=True)
+    need = memory_need(module, found, wire_of(module, config), trains=True)
+    budget = config.device_memory if isinstance(config.device_memory, int) else None
+    asked = config.k_prime if isinstance(config.k_prime, int) else 1
+    k = choose_k(config.k if isinstance(config.k, int) else None, need, budget, k_prime=asked)
+    k_prime = min(asked, k)
+    units = unit_table(module, found, k=k)
     num_units = sum(row.role == "unit" for row in units)
     forward = forward_order(num_units)
     keep = forward_keep(forward, k, k_prime)
