@@ -31,7 +31,8 @@ LAYERS: dict[str, set[str]] = {
     "partition": {"errors", "config"},
     "engine": {"errors", "config", "planning", "tiers", "observe", "partition"},
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
-    "host_memory": {"errors", "planning", "tiers", "observe", "engine", "optimizer"},
+    "host_memory": {"errors", "config", "planning", "tiers", "observe", "engine", "optimizer"},
+    "accounts": {"planning", "observe", "engine", "optimizer", "host_memory"},
     "rewind": {"errors"},
     "promotions": {"errors", "engine"},
     "device_memory": {"errors", "config", "observe"},
@@ -39,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "profiling": {"errors", "planning", "observe", "engine"},
     "session": {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
-        *("device_memory", "profiling", "promotions", "rewind", "tuning"),
+        *("accounts", "device_memory", "profiling", "promotions", "rewind", "tuning"),
     },
     "forecast": {
         *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "session"),
