@@ -1,0 +1,184 @@
+"""What a prediction starts from, as plain numbers: the work of the units, the speeds of a machine, and one setting."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lightning_superpipe.errors import PlanError
+
+__all__ = ["Curve", "Setting", "Speeds", "UnitWork", "Workload"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How long moving bytes takes: measured points, with straight lines between them and beyond the last.
+
+    Attributes:
+        points: (bytes, seconds), ascending in bytes; at least one. Below the first point its seconds hold: that is the
+            cost of any copy, however small.
+
+    Raises:
+        PlanError: there is no point, or points that do not ascend.
+
+    >>> link = Curve(((1_000, 1e-5), (1_000_000, 1e-4), (10_000_000, 1e-3)))
+    >>> link.seconds(10), link.seconds(5_500_000), round(link.seconds(100_000_000), 6)
+    (1e-05, 0.00055, 0.01)
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        sizes = [size for size, _ in self.points]
+        if not sizes or any(later <= earlier for earlier, later in pairwise(sizes)):
+            raise PlanError(f"sizes {sizes}: a curve has at least one point, and each is larger than the one before.")
+
+    @classmethod
+    def steady(cls, bytes_per_s: float, latency_s: float = 0.0) -> Curve:
+        """Return the curve of a fixed cost and a fixed rate.
+
+        >>> Curve.steady(1e9, latency_s=0.001).seconds(2_000_000)
+        0.003
+        """
+        return cls(((0, latency_s), (1 << 30, latency_s + (1 << 30) / bytes_per_s)))
+
+    def seconds(self, num_bytes: int) -> float:
+        """Return how long one copy of so many bytes takes, in seconds."""
+        sizes = [size for size, _ in self.points]
+        at = bisect_left(sizes, num_bytes)
+        if at == 0:
+            return self.points[0][1]
+        if at == len(sizes):
+            if at == 1:
+                return self.points[0][1] * num_bytes / max(sizes[0], 1)
+            at -= 1
+        (low, low_s), (high, high_s) = self.points[at - 1 : at + 1]
+        return low_s + (high_s - low_s) * (num_bytes - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a machine can do. Measured, never taken from a data sheet.
+
+    Attributes:
+        h2d: one copy to the device, alone.
+        d2h: one copy home, alone.
+        both: as many bytes each way at once, until both are over; None if the ways do not disturb each other.
+        use_s: what the engine itself takes for each use of a unit, seconds.
+        disk_read: one read of a file into host memory; None without a disk.
+        disk_write: likewise.
+    """
+
+    h2d: Curve
+    d2h: Curve
+    both: Curve | None = None
+    use_s: float = 0.0
+    disk_read: Curve | None = None
+    disk_write: Curve | None = None
+
+
+@dataclass(frozen=True)
+class UnitWork:
+    """One unit's part of a training step, for one batch.
+
+    Attributes:
+        name: of the module.
+        weight_bytes: copied to the device by each load.
+        gradient_bytes: copied home; 0 for a frozen unit.
+        state_bytes: of its optimizer states, masters included, in host memory.
+        forward_s: compute of its forward, seconds.
+        backward_s: of its backward, with activations kept (recomputing adds ``forward_s``), seconds.
+        update_s: of its optimizer step on the host, seconds.
+        update_on_device_s: of the same on the device, without copies; None where it cannot run there.
+        activation_bytes: held from its forward to its backward when kept.
+        input_bytes: held instead when recomputed: its inputs, as far as nothing else holds them.
+        offload_bytes: of ``activation_bytes``, what offloading moves to the host and back.
+        forward_bytes: most that its forward takes beside all that is held, its outputs included.
+        backward_bytes: most that its backward takes beside all that is held.
+        policies: what may become of its activations.
+        splits: whether its batch may be split into micro-batches.
+        disk_read_bytes: read from a disk before each load.
+        disk_write_bytes: written to a disk by each update.
+    """
+
+    name: str
+    weight_bytes: int
+    gradient_bytes: int = 0
+    state_bytes: int = 0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    update_s: float = 0.0
+    update_on_device_s: float | None = None
+    activation_bytes: int = 0
+    input_bytes: int = 0
+    offload_bytes: int = 0
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    policies: tuple[str, ...] = ("keep", "recompute", "offload")
+    splits: bool = True
+    disk_read_bytes: int = 0
+    disk_write_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training step of a model (or one forward, if it is not trained), for one batch.
+
+    Attributes:
+        units: in order of execution.
+        anchor_bytes: what has a permanent copy on the device.
+        turn_s: compute between the last unit's forward and its backward: head and loss, forward and backward, seconds.
+        turn_bytes: most that this takes on the device.
+        between_s: from the end of backward to the next forward, updates not counted: data, logging, the loop itself.
+        trains: there is a backward pass.
+        lowest: the first unit with anything to train; backward ends there.
+        samples: in the batch, for rates.
+        tokens: in the batch; 0 where nobody counts them.
+    """
+
+    units: tuple[UnitWork, ...]
+    anchor_bytes: int = 0
+    turn_s: float = 0.0
+    turn_bytes: int = 0
+    between_s: float = 0.0
+    trains: bool = True
+    lowest: int = 0
+    samples: int = 1
+    tokens: int = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: the largest unit's."""
+        return max((unit.weight_bytes for unit in self.units), default=0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One choice of all knobs; each is an option of the same name.
+
+    Attributes:
+        k: most units on the device at once.
+        k_prime: units moved per transfer.
+        resident: units that stay beside those ``k``.
+        activations: a policy for each unit, by its place in the order of execution; empty keeps all.
+        micro_batches: parts of the batch inside units that recompute.
+        update: ``"at_once"``, ``"after_backward"`` or ``"in_backward"``.
+        update_on_device: share of the units that are updated on the device.
+    """
+
+    k: int
+    k_prime: int = 1
+    resident: int = 0
+    activations: tuple[str, ...] = ()
+    micro_batches: int = 1
+    update: str = "after_backward"
+    update_on_device: float = 0.0
+
+    def policy(self, unit: int) -> str:
+        """Return what becomes of a unit's activations.
+
+        >>> Setting(k=2).policy(5), Setting(k=2, activations=("recompute", "keep")).policy(0)
+        ('keep', 'recompute')
+        """
+        return self.activations[unit] if self.activations else "keep"
