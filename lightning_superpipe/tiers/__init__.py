@@ -1,6 +1,10 @@
 """Where bytes live. One file per tier; each hands out memory through the interface in ``base.py``."""
 
-from lightning_superpipe.tiers.base import Slab, Tier
+from lightning_superpipe.tiers.base import Slab, StoredSlab, Tier
+from lightning_superpipe.tiers.disk import DiskTier
+from lightning_superpipe.tiers.folder import Folder
 from lightning_superpipe.tiers.host import HostTier
+from lightning_superpipe.tiers.mapped import map_safetensors
+from lightning_superpipe.tiers.places import Places
 
-__all__ = ["HostTier", "Slab", "Tier"]
+__all__ = ["DiskTier", "Folder", "HostTier", "Places", "Slab", "StoredSlab", "Tier", "map_safetensors"]

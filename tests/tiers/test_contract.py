@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from lightning_superpipe.config import Disk
 from lightning_superpipe.engine.slots import ALIGNMENT, storage_key
-from lightning_superpipe.tiers import HostTier, Tier
+from lightning_superpipe.tiers import DiskTier, Folder, HostTier, Tier
 
-TIERS: dict[str, Callable[[], Tier]] = {"host": lambda: HostTier(pin=False)}
+
+def disk_tier(with_undo: bool = False) -> Tier:
+    options = Disk()
+    return DiskTier("weights", Folder(options), ThreadPoolExecutor(options.requests), options, with_undo=with_undo)
+
+
+TIERS: dict[str, Callable[[], Tier]] = {
+    "host": lambda: HostTier(pin=False),
+    "disk": disk_tier,
+    "disk with undo": lambda: disk_tier(with_undo=True),
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.int64, torch.bool, torch.uint8]
 
 
