@@ -15,9 +15,9 @@ from lightning_superpipe.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS",
+    "STORED_KINDS",
     "ActivationChoice",
     "Adversary",
-    "STORED_KINDS",
     "Auto",
     "Disk",
     "Link",
@@ -170,10 +170,10 @@ class SuperpipeConfig:
         device_memory: bytes that the plan may use on the device (``"8GiB"`` or an integer); None sets no limit.
         host_memory: bytes that weights, gradients, optimizer states and staging may take on the host together; None
             takes what the machine has available. A run that needs more is refused before anything is allocated.
-        store: where what is not on the device lives: ``"host"``, ``"disk"`` (weights and optimizer states, masters among
-            them, in files; gradients and activations stay in host memory), or a mapping of kinds (``"weights"``,
-            ``"states"``, ``"gradients"``, ``"activations"``) to these; kinds it does not name stay on the host. Anchors,
-            buffers, and what is trained in units that are mostly frozen (adapters) are on the host in any case.
+        store: where what is not on the device lives: ``"host"``, ``"disk"`` (weights and optimizer states, masters
+            among them, in files; gradients and activations stay in host memory), or a mapping of kinds (``"weights"``,
+            ``"states"``, ``"gradients"``, ``"activations"``) to these; kinds it does not name stay on the host.
+            Anchors, buffers, and what is trained in mostly frozen units (adapters) are on the host in any case.
         disk: the files of kinds on disk; None takes the defaults.
         wire_dtype: dtype in which parameters cross the link, lie in slots and compute (``"bfloat16"`` or
             ``"float16"``), while those of the module stay float32 masters on the host; None keeps their own. Not equal

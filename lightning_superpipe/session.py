@@ -13,7 +13,7 @@ from humanize import naturalsize
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.config import Adversary, Disk, SuperpipeConfig
 from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.choices import make_lanes, memory_need, wire_of
@@ -29,7 +29,7 @@ from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.optimizer import FusedChoice, Masters, make_stage, sparsely_differentiated, wants_fused
 from lightning_superpipe.partition import Partition, UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import choose_k, choose_residents
-from lightning_superpipe.tiers import HostTier
+from lightning_superpipe.tiers import Places
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
@@ -83,10 +83,10 @@ class Session:
         self._optimizers = list(optimizers)
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
-        self._tier = HostTier(pin=_may_pin(config, device) and self._wire.dtype is None)
+        self._tier = Places(config, pin=_may_pin(config, device) and self._wire.dtype is None, trains=trains)
         self._engine = self._make_engine(root, found, owns_root)
         self._masters = Masters() if config.master_weights is not None else None
-        self._updates = make_stage(self._engine, config, self._masters)
+        self._updates = make_stage(self._engine, config, self._masters, self._tier)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._backward_scope = contextlib.ExitStack()
         self._owns_root = owns_root
@@ -99,7 +99,8 @@ class Session:
     def _make_engine(self, root: nn.Module, found: Partition, owns_root: bool) -> Engine:
         hostile = self.config.adversary or Adversary(poison=False, shuffle_slots=False)
         seed = hostile.seed if hostile.shuffle_slots else None
-        window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident)
+        ring = (self.config.disk or Disk()).ring
+        window = Window(self.k, self.k_prime, hostile.poison, seed, self.num_resident, num_fetches=ring)
         names = [unit.name for unit in found.units]
         return Engine(
             root,
@@ -289,8 +290,13 @@ class Session:
         if self._final_report is not None:
             return
         self._finish_step()
-        if self._updates is not None:
-            self._updates.close()
+        try:
+            if self._updates is not None:
+                self._updates.close()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         self._final_report = self.report()
         self._engine.close()
         del self._updates, self._engine, self._meter, self._root, self._optimizers, self._tier

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from lightning_superpipe.planning import Action, Op, Plan, forward_keep, forward_order, lower_window, training_order
 
@@ -107,6 +107,11 @@ class Follower:
         for steps, use in enumerate(self._order[self._position :]):
             distance.setdefault(use.unit, steps)
         return distance
+
+    def next_loads(self) -> Iterator[int]:
+        """Units that the rest of the plan loads, in its order."""
+        actions = () if self.plan is None else self.plan.actions[self._cursor :]
+        return (action.unit for action in actions if action.op is Op.PREFETCH)
 
     def num_forwards(self, unit: int) -> int:
         """How many times a unit has computed its forward in this step."""

@@ -16,8 +16,8 @@ from lightning_superpipe.engine.casting import add_into, cast_into
 from lightning_superpipe.engine.host_lane import HostLane, Past
 from lightning_superpipe.engine.landings import Landings
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, now
+from lightning_superpipe.engine.layout import lay_out
 from lightning_superpipe.engine.slots import storage_use_count
-from lightning_superpipe.engine.unit import lay_out
 from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.tiers import Tier
 
@@ -63,7 +63,10 @@ class GradientReturn:
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
         self._lanes = lanes
         self._host = HostLane()
-        self._homes = _Homes(tier.part("gradients"))
+        homes = tier.part("gradients")
+        self._homes = _Homes(homes)
+        # Autograd's own memory would hold what belongs into files.
+        self._hands_over = lanes.shares_memory and homes.is_memory
         self._landings = Landings(tier.part("wire", pin=pin))
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
@@ -91,7 +94,7 @@ class GradientReturn:
             return
         if self._batch_label != label:
             self.flush()
-        if self._lanes.shares_memory:
+        if self._hands_over:
             self._hand_over(parameter, gradient, label)
             return
         self._make_room(gradient.nbytes)
@@ -110,7 +113,7 @@ class GradientReturn:
             return
         self._batch, self._batch_label = [], None
         parameters = [shipment.parameter for shipment in batch]
-        if self._lanes.shares_memory:
+        if self._hands_over:
             self._lanes.hand_over(self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
             self._tell_handed_over(parameters)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.config import Disk, SuperpipeConfig
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.stage import UpdateStage
+from lightning_superpipe.optimizer.stored import StoredUpdates
+from lightning_superpipe.tiers import Tier
 
 __all__ = ["make_stage"]
 
 
-def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None) -> UpdateStage | None:
-    """Return the stage that splits optimizer steps; None where they stay whole."""
+def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None, tier: Tier) -> UpdateStage | None:
+    """Return the stage that splits optimizer steps; None where they stay whole.
+
+    Args:
+        tier: of the session; updates of what it keeps in files are split in any case.
+    """
     hostile = config.adversary
-    gains_nothing = engine.lanes.shares_memory and hostile is None
+    is_stored = not (tier.part("weights").is_memory and tier.part("states").is_memory)
+    gains_nothing = engine.lanes.shares_memory and hostile is None and not is_stored
     at_once = config.update == "at_once" or (config.update == "auto" and gains_nothing)
-    if at_once and masters is None:
+    if at_once and masters is None and not is_stored:
         return None
     return UpdateStage(
         engine,
@@ -23,4 +30,5 @@ def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None)
         seed=hostile.seed if hostile is not None else 0,
         masters=masters,
         in_thread=not at_once,
+        stored=StoredUpdates(tier, (config.disk or Disk()).ring, masters, engine.invalidate) if is_stored else None,
     )

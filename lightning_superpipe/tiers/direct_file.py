@@ -110,7 +110,7 @@ class DirectFile:
         self.num_written_bytes += source.numel()
 
     def _run(self, request: Callable[[int, memoryview, int], None], offset: int, memory: Tensor) -> None:
-        view = memoryview(memory.numpy())
+        view = memoryview(memory.numpy())  # type: ignore[arg-type]  # arrays are buffers
         parts = [(view[start : start + _REQUEST], offset + start) for start in range(0, len(view), _REQUEST)]
         jobs: list[Future[None]] = [self._pool.submit(request, self._io, *part) for part in parts]
         errors = [error for job in jobs if (error := job.exception()) is not None]  # none is under way any more

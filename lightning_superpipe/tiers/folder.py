@@ -53,7 +53,8 @@ class Folder:
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise UnsupportedError(
-                f"the disk store cannot use the folder {str(self.path)!r}: {error.strerror}. Choose another disk.folder."
+                f"the disk store cannot use the folder {str(self.path)!r}: {error.strerror}. Choose another "
+                "disk.folder."
             ) from error
         try:
             self._take()

@@ -33,7 +33,7 @@ class SharedPages:
     def __init__(self, descriptor: int, offset: int, num_bytes: int) -> None:
         self.num_bytes = num_bytes
         self._address = _map(None, num_bytes, mmap.MAP_SHARED, descriptor, offset)
-        kind = type("_Pages", (ctypes.c_char * num_bytes,), {})
+        kind: Any = type("_Pages", (ctypes.c_char * num_bytes,), {})
         self.buffer: Any = kind.from_address(self._address)
         # Tensors made from the buffer hold it. At exit the system takes the pages, and not before the last tensor.
         weakref.finalize(self.buffer, _unmap, self._address, num_bytes).atexit = False
