@@ -16,7 +16,7 @@ from lightning_superpipe.optimizer.masters import MASTER, wants_master
 from lightning_superpipe.optimizer.state_size import missing_state_bytes
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.host_budget import HostNeed
-from lightning_superpipe.tiers import Tier
+from lightning_superpipe.tiers import Tier, is_mapped
 
 __all__ = ["held_bytes", "host_need"]
 
@@ -73,14 +73,14 @@ def held_bytes(root: nn.Module, optimizers: Iterable[Optimizer], tier: Tier, *, 
         weights=_with_strays(tier.part("weights"), [*parameters, *root.buffers()]),
         staging=tier.part("wire").allocated_bytes + scratch_bytes,
         gradients=_with_strays(tier.part("gradients"), gradients),
-        states=storage_bytes(_state_tensors(optimizers)),
+        states=_with_strays(tier.part("states"), _state_tensors(optimizers)),
     )
 
 
 def _with_strays(tier: Tier, tensors: Sequence[Tensor]) -> int:
     with torch._C.DisableTorchFunctionSubclass():  # addresses need not wait for updates under way
         strays = [each for each in tensors if each.layout is torch.strided and not tier.holds(each)]
-    return tier.allocated_bytes + storage_bytes(strays)
+    return tier.memory_bytes + storage_bytes([each for each in strays if not is_mapped(each)])
 
 
 def _state_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:

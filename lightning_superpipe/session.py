@@ -13,7 +13,7 @@ from humanize import naturalsize
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.config import Adversary, Disk, SuperpipeConfig
+from lightning_superpipe.config import STORED_KINDS, Adversary, Disk, SuperpipeConfig
 from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.choices import make_lanes, memory_need, wire_of
@@ -84,6 +84,7 @@ class Session:
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
         self._tier = Places(config, pin=_may_pin(config, device) and self._wire.dtype is None, trains=trains)
+        self._tier.part("weights").reserve(self.units.streamed_bytes)
         self._engine = self._make_engine(root, found, owns_root)
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters, self._tier)
@@ -120,6 +121,10 @@ class Session:
         """Raise if the host cannot hold what is known of this training."""
         with_masters = self.config.master_weights is not None
         need = host_need(self._root, self._optimizers, self._need, self._wire, with_masters=with_masters)
+        kinds = {kind for kind in STORED_KINDS if self.config.is_on_disk(kind)}
+        if kinds:
+            sizes = {"streamed": self.units.streamed_bytes, "largest": self.units.largest.num_bytes}
+            need = need.with_files(kinds, **sizes, num_buffers=(self.config.disk or Disk()).ring)
         limit = self.config.host_memory if isinstance(self.config.host_memory, int) else None
         need.check(available=available_bytes(), limit=limit)
 
@@ -329,6 +334,7 @@ class Session:
             total=self._counters(),
             device=str(self.device),
             emulated=self.is_emulated,
+            endurance_tb=None if self.config.disk is None else self.config.disk.endurance_tb,
             sees_loop=self._meter.sees_all or not self._owns_root,
             unit_overhead_us=self._engine.overhead_us(),
         )
@@ -341,6 +347,8 @@ class Session:
             h2d_bytes=lanes.h2d_bytes,
             d2h_bytes=lanes.d2h_bytes,
             stall_seconds=lanes.stall_seconds,
+            disk_read_bytes=self._tier.traffic.read,
+            disk_written_bytes=self._tier.traffic.written,
         )
 
     def _static_bytes(self) -> tuple[int, int]:

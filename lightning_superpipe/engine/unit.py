@@ -149,6 +149,11 @@ class Unit:
                 if parameter.numel() and parameter.data_ptr() != base + offset
             ]
 
+    def in_slab(self) -> list[nn.Parameter]:
+        """Parameters whose bytes are in the slab."""
+        strays = set(self.strays())
+        return [parameter for index, parameter in enumerate(self.parameters) if index not in strays]
+
     def homeless(self) -> list[int]:
         """Strays that belong into the slab."""
         return [index for index in self.strays() if index not in self._stays]
@@ -172,6 +177,7 @@ class Unit:
                 home = slab.carve(self.host_offsets[index], parameter.data)
                 home.copy_(parameter.data)
                 parameter.data = home
+                slab.note_written(home.nbytes)
 
     def copies_to(self, slot: Slot, fetched: Tensor | None = None) -> list[Copy]:
         """What to copy into a slot: the slab at once, and strays piece by piece. Not for units that are cast.

@@ -108,9 +108,7 @@ class UpdateStage:
     def _adopt(self, optimizer: Optimizer) -> None:
         """States were made or loaded: move them into files, where they belong there."""
         assert self._stored is not None, "asked for only if states may be stored"
-        everything = [Member(i, p) for i, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        of_units = self._by_unit(everything)
-        self._stored.adopt(optimizer, {self._engine.units[index]: some for index, some in of_units.items()})
+        self._stored.adopt(optimizer, self._units_of(optimizer))
 
     def _note_whole(self, name: str) -> None:
         if self._in_thread and name not in self._whole:

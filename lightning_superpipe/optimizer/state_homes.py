@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,19 +12,19 @@ from torch.optim import Optimizer
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.slots import ALIGNMENT, storage_use_count
 from lightning_superpipe.engine.unit import Unit
-from lightning_superpipe.optimizer.separable import Member
 from lightning_superpipe.tiers import StoredSlab, Tier
 
 __all__ = ["StateHomes"]
 
-_LONE_USES = 2  # its own, and that of whoever asks
+_LONE_USES = 3  # its own, that of the list it is looked at in, and that of whoever asks
+_Layout = tuple[tuple[int, str, int], ...]
 
 
 class _Home(NamedTuple):
-    """A slab, and the bytes of each tensor that was laid out in it, in order."""
+    """A slab, and what was laid out in it: parameter, name and bytes of each state, in order."""
 
     slab: StoredSlab
-    sizes: tuple[int, ...]
+    layout: _Layout
 
 
 class StateHomes:
@@ -40,55 +39,48 @@ class StateHomes:
         home = self._homes.get(optimizer, {}).get(unit.index)
         return None if home is None else home.slab
 
-    def adopt(self, unit: Unit, optimizer: Optimizer, some: Iterable[Member]) -> None:
-        """Move the states of a unit's parameters into its slab, as far as they are not there: made or loaded anew."""
+    def adopt(self, unit: Unit, optimizer: Optimizer) -> None:
+        """Move the states of a unit's parameters into its slab, as far as they are not there: made or loaded anew.
+
+        The slab holds theirs alone. The states of a parameter that has left the unit keep the old one for themselves.
+        """
         with raw_tensors():
-            parameters = {id(member.parameter): member.parameter for member in some}
-            tensors = [
-                value
-                for parameter in parameters.values()
-                for value in optimizer.state.get(parameter, {}).values()
-                if _is_movable(value)
+            found = [
+                (id(parameter), name, value)
+                for parameter in unit.parameters
+                if parameter in optimizer.state
+                for name, value in optimizer.state[parameter].items()
+                if isinstance(value, Tensor) and _is_movable(value)
             ]
-            slab = self.slab(unit, optimizer)
-            if slab is not None and all(_lies_in(slab, tensor) for tensor in tensors):
+            if not found:
                 return
-            self._move(unit, optimizer, tensors)
-
-    def _move(self, unit: Unit, optimizer: Optimizer, tensors: Sequence[Tensor]) -> None:
-        if not tensors:
-            return
-        sizes = tuple(tensor.nbytes for tensor in tensors)
-        homes = self._homes.setdefault(optimizer, {})
-        home = homes.get(unit.index)
-        if home is None or home.sizes != sizes:
-            slab = self._tier.allocate(sum(map(_aligned, sizes)))
-            assert isinstance(slab, StoredSlab), "homes are for files"
-            homes[unit.index] = _Home(slab, sizes)
-            if home is not None:
-                home = None  # its region stays: tensors that moved elsewhere may still lie in it
-        offset = 0
-        for tensor in tensors:
-            place = homes[unit.index].slab.carve(offset, tensor)
-            if tensor.data_ptr() != place.data_ptr():
-                place.copy_(tensor)
-                tensor.data = place
-            offset += _aligned(tensor.nbytes)
+            layout = tuple((key, name, value.nbytes) for key, name, value in found)
+            homes = self._homes.setdefault(optimizer, {})
+            home = homes.get(unit.index)
+            if home is None or home.layout != layout:
+                slab = self._tier.allocate(sum(_aligned(size) for *_, size in layout))
+                assert isinstance(slab, StoredSlab), "homes are for files"
+                home = homes[unit.index] = _Home(slab, layout)
+            _move(home.slab, [value for *_, value in found])
 
 
-def _is_movable(value: object) -> bool:
-    """Whether a state belongs into files: a tensor that is worth it, and whose memory nobody shares."""
+def _move(slab: StoredSlab, tensors: list[Tensor]) -> None:
+    offset = 0
+    for tensor in tensors:
+        if tensor.data_ptr() != slab.bytes.data_ptr() + offset:
+            tensor.data = slab.carve(offset, tensor).copy_(tensor)
+            slab.note_written(tensor.nbytes)
+        offset += _aligned(tensor.nbytes)
+
+
+def _is_movable(value: Tensor) -> bool:
+    """Whether a state belongs into files: it is worth it, and nobody shares its memory."""
     return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
+        value.layout is torch.strided
         and value.device.type == "cpu"
         and value.numel() > 1
-        and storage_use_count(value) <= _LONE_USES + 1
+        and storage_use_count(value) <= _LONE_USES
     )
-
-
-def _lies_in(slab: StoredSlab, tensor: Tensor) -> bool:
-    return 0 <= tensor.data_ptr() - slab.bytes.data_ptr() < slab.num_bytes
 
 
 def _aligned(num_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,15 +59,15 @@ class StoredUpdates:
         self, unit: Unit, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]
     ) -> tuple[Part, Bench]:
         """Return a part whose states are in their files, as far as there are any."""
-        self._adopt(unit, optimizer, some)
+        self._adopt(unit, optimizer)
         states = None if self.homes is None else self.homes.slab(unit, optimizer)
         bench = Bench(unit, states, self._step_on, can_undo=self._tier.can_undo)
-        return Part(bench.narrow, optimizer, groups, some), bench
+        return Part(bench.narrow, optimizer, groups, some, also=unit.in_slab()), bench
 
-    def _adopt(self, unit: Unit, optimizer: Optimizer, some: Sequence[Member]) -> None:
+    def _adopt(self, unit: Unit, optimizer: Optimizer) -> None:
         """Move a unit's states into files; where little of it is trained they stay in memory, as what is trained."""
         if self.homes is not None and unit.is_mostly_trained:
-            self.homes.adopt(unit, optimizer, some)
+            self.homes.adopt(unit, optimizer)
 
     def start(self, part: Part, bench: Bench, work: Work, *, after: Event, done: HostEvent) -> Pending:
         """Read, update and write a unit, each as soon as it can be; ``done`` passes in any case, see :class:`Ledger`.
@@ -94,7 +94,7 @@ class StoredUpdates:
                 updated.synchronize()
                 if not ledger.has_failed:
                     bench.publish(part.optimizer, ledger)
-                    self._adopt(unit, part.optimizer, part.members)
+                    self._adopt(unit, part.optimizer)
             except BaseException as error:
                 ledger.fail(unit.name, error)
 
@@ -102,7 +102,7 @@ class StoredUpdates:
         self._writes.submit(publish, after=Past(), done=done)
         return pending
 
-    def adopt(self, optimizer: Optimizer, of_units: Mapping[Unit, Sequence[Member]]) -> None:
+    def adopt(self, optimizer: Optimizer, units: Iterable[Unit]) -> None:
         """Move states that an optimizer has or has loaded into files, and take the room that the others will need.
 
         Raises:
@@ -110,8 +110,8 @@ class StoredUpdates:
         """
         if self.homes is None:
             return
-        for unit, some in of_units.items():
-            self._adopt(unit, optimizer, some)
+        for unit in units:
+            self._adopt(unit, optimizer)
         missing = missing_state_bytes(optimizer, with_masters=self._masters is not None)
         self._tier.part("states").reserve(missing)
 

@@ -26,6 +26,10 @@ class Slab(ABC):
         The tensor has a storage of its own of exactly its bytes: saving it to a file writes no neighbour.
         """
 
+    def note_written(self, num_bytes: int) -> None:
+        """So many bytes have been written to tensors carved from the slab, for those who count."""
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Give back what the device knows of this memory (page locks). Tensors carved from it stay valid."""

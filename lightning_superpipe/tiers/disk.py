@@ -62,6 +62,9 @@ class DiskSlab(StoredSlab):
         flat = torch.frombuffer(self._pages.buffer, dtype=like.dtype, count=like.numel(), offset=offset)
         return flat.as_strided(like.size(), like.stride()).data  # `.data`: as HostSlab.carve
 
+    def note_written(self, num_bytes: int) -> None:
+        self._file.num_written_bytes += num_bytes
+
     def fetch(self, target: Tensor) -> None:
         self._check(target)
         try:

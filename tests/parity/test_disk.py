@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.parity.harness import Window, assert_equal, placements, run_plain, run_streamed
-from tests.parity.models import model_case
 from tests.parity.probe import Device, ParityCase
 from tests.parity.test_probes import EXACT
 
