@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_superpipe.adapters.fabric import FabricSuperpipeStrategy
 from lightning_superpipe.adapters.lightning import SuperpipeStrategy
 from lightning_superpipe.adapters.plain import Pipe, attach
-from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
+from lightning_superpipe.config import Adversary, Disk, Link, SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
+from lightning_superpipe.tiers import map_safetensors
 
 if TYPE_CHECKING:
     from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, enable
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adversary",
+    "Disk",
     "FabricSuperpipeStrategy",
     "Link",
     "Pipe",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "attach",
     "enable",
+    "map_safetensors",
 ]
 
 _LATE = {  # names of packages that not everybody has, and that take seconds to import

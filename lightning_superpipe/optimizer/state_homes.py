@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.slots import ALIGNMENT, storage_use_count
 from lightning_superpipe.engine.unit import Unit
-from lightning_superpipe.tiers import StoredSlab, Tier
+from lightning_superpipe.tiers import StoredSlab, Tier, trim_heap
 
 __all__ = ["StateHomes"]
 
@@ -61,16 +61,20 @@ class StateHomes:
                 slab = self._tier.allocate(sum(_aligned(size) for *_, size in layout))
                 assert isinstance(slab, StoredSlab), "homes are for files"
                 home = homes[unit.index] = _Home(slab, layout)
-            _move(home.slab, [value for *_, value in found])
+            if _move(home.slab, [value for *_, value in found]):
+                trim_heap()  # a first step would hold the states of all units otherwise
 
 
-def _move(slab: StoredSlab, tensors: list[Tensor]) -> None:
-    offset = 0
+def _move(slab: StoredSlab, tensors: list[Tensor]) -> int:
+    """Move tensors into a slab; return how many were elsewhere."""
+    offset = num_moved = 0
     for tensor in tensors:
         if tensor.data_ptr() != slab.bytes.data_ptr() + offset:
             tensor.data = slab.carve(offset, tensor).copy_(tensor)
             slab.note_written(tensor.nbytes)
+            num_moved += 1
         offset += _aligned(tensor.nbytes)
+    return num_moved
 
 
 def _is_movable(value: Tensor) -> bool:

@@ -9,7 +9,7 @@ import weakref
 from functools import cache
 from typing import Any
 
-__all__ = ["SharedPages"]
+__all__ = ["SharedPages", "trim_heap"]
 
 _FAILED = ctypes.c_void_p(-1).value
 _PROTECTION = mmap.PROT_READ | mmap.PROT_WRITE
@@ -45,6 +45,12 @@ class SharedPages:
             OSError: the system refuses; the pages are as before.
         """
         _map(self._address, self.num_bytes, mmap.MAP_SHARED | _MAP_FIXED, descriptor, offset)
+
+
+def trim_heap() -> None:
+    """Let the C library give back what nobody uses: freed tensors between small ones would stay with it for ever."""
+    if (trim := getattr(_libc(), "malloc_trim", None)) is not None:  # glibc
+        trim(0)
 
 
 def _map(address: int | None, num_bytes: int, flags: int, descriptor: int, offset: int) -> int:
