@@ -13,7 +13,7 @@ from lightning_superpipe.adapters.lightning import SuperpipeStrategy
 from lightning_superpipe.adapters.plain import Pipe, attach
 from lightning_superpipe.config import Adversary, Disk, Link, SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
-from lightning_superpipe.tiers import map_safetensors
+from lightning_superpipe.tiers import Kept, map_safetensors, open_kept
 
 if TYPE_CHECKING:
     from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, enable
@@ -28,6 +28,7 @@ __all__ = [
     "Adversary",
     "Disk",
     "FabricSuperpipeStrategy",
+    "Kept",
     "Link",
     "Pipe",
     "SuperpipeAccelerator",
@@ -40,6 +41,7 @@ __all__ = [
     "attach",
     "enable",
     "map_safetensors",
+    "open_kept",
 ]
 
 _LATE = {  # names of packages that not everybody has, and that take seconds to import

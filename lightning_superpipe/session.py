@@ -298,6 +298,7 @@ class Session:
         try:
             if self._updates is not None:
                 self._updates.close()
+            self._tier.keep(self._root, self._optimizers)
         finally:
             self._end()
 

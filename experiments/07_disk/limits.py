@@ -1,4 +1,4 @@
-"""A limit on the memory of this process: a control group where one can be made, else the size of its data. Linux only."""
+"""A limit on this process's memory: a control group where one can be made, else the size of its data. Linux only."""
 
 from __future__ import annotations
 

@@ -174,6 +174,14 @@ class DiskTier(Tier):
     def takes(self, tensor: Tensor) -> bool:
         return tensor.requires_grad or not is_mapped(tensor)
 
+    def offset_of(self, tensor: Tensor) -> int | None:
+        """Where in the file a tensor lies; None if it lies elsewhere."""
+        address = tensor.data_ptr()
+        for slab in self.slabs:
+            if slab.num_bytes and 0 <= (inside := address - slab.bytes.data_ptr()) < slab.num_bytes:
+                return slab.offset + inside
+        return None
+
     def note_stored(self, slab: DiskSlab) -> None:
         """A slab has been stored beside its bytes from before the step."""
         self._stored.append(slab)
@@ -202,8 +210,7 @@ class DiskTier(Tier):
         return 0
 
     def holds(self, tensor: Tensor) -> bool:
-        address = tensor.data_ptr()
-        return any(0 <= address - slab.bytes.data_ptr() < slab.num_bytes for slab in self.slabs if slab.num_bytes)
+        return self.offset_of(tensor) is not None
 
     def close(self) -> None:
         """Close the file. Tensors carved from it stay; without a name it lives as long as they do."""

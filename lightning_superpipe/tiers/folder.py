@@ -38,6 +38,7 @@ class Folder:
 
     Attributes:
         path: it exists and is locked.
+        keeps: something stays in it.
 
     Raises:
         UnsupportedError: another run uses it, it holds what a run has kept, or nothing can be written there.
@@ -45,7 +46,7 @@ class Folder:
 
     def __init__(self, options: Disk) -> None:
         self._is_own = options.folder is None
-        self._keeps = options.keep
+        self.keeps = options.keep
         self.path = _own_folder() if options.folder is None else Path(options.folder).expanduser()
         try:
             self._has_made = not self.path.exists()
@@ -114,7 +115,7 @@ class Folder:
 
     def close(self) -> None:
         """Unlock the folder, and remove it unless something is kept or somebody else made it."""
-        if not self._keeps:
+        if not self.keeps:
             (self.path / _LOCK).unlink(missing_ok=True)
             if self._has_made or self._is_own:
                 with contextlib.suppress(OSError):  # somebody has put files of theirs there

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_superpipe.config import STORED_KINDS, Disk, SuperpipeConfig
 from lightning_superpipe.tiers.base import Tier
 from lightning_superpipe.tiers.disk import DiskTier
 from lightning_superpipe.tiers.folder import Folder
 from lightning_superpipe.tiers.host import HostSlab, HostTier
+from lightning_superpipe.tiers.kept import keep, named_tensors
 
 __all__ = ["DiskTraffic", "Places"]
 
@@ -69,6 +72,16 @@ class Places(Tier):
         """What the engine has read and written."""
         files = [disk.file for disk in self._disks.values()]
         return DiskTraffic(sum(file.num_read_bytes for file in files), sum(file.num_written_bytes for file in files))
+
+    def keep(self, root: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        """Let the files stay, with a manifest of what is in them, where the options ask for that.
+
+        Raises:
+            BudgetError: the disk has no room for what was in memory.
+        """
+        if self._folder is not None and self._folder.keeps:
+            named = named_tensors(root, optimizers)
+            keep(self._folder.path, [(self._disks[kind], named[kind]) for kind in named if kind in self._disks])
 
     def part(self, kind: str, *, pin: bool | None = None) -> Tier:
         return self._disks.get(kind) or self._host.part(kind, pin=pin)
