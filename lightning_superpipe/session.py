@@ -84,8 +84,12 @@ class Session:
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
         self._tier = Places(config, pin=_may_pin(config, device) and self._wire.dtype is None, trains=trains)
-        self._tier.part("weights").reserve(self.units.streamed_bytes)
-        self._engine = self._make_engine(root, found, owns_root)
+        try:
+            self._tier.part("weights").reserve(self.units.streamed_bytes)
+            self._engine = self._make_engine(root, found, owns_root)
+        except BaseException:
+            self._tier.close()
+            raise
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters, self._tier)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)

@@ -43,7 +43,11 @@ class Pipe:
         bring_home(model, optimizers)
         self._session = Session(model, config, device, trains=True, owns_root=True, optimizers=optimizers)
         self._fused = FusedChoice()
-        self._session.attend(optimizers)
+        try:
+            self._session.attend(optimizers)
+        except BaseException:
+            self._session.close()
+            raise
         for optimizer in optimizers if wants_fused(config.fused_optimizer, device, scales=False) else ():
             self._fused.choose(optimizer, sparse=sparsely_differentiated(model))
         for remark in remarks(self._session):

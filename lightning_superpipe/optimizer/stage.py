@@ -190,11 +190,13 @@ class UpdateStage:
             run(optimizer, groups, rest)
             return
         ledger = self._stored.ledger
-        with ledger.lock:  # a part that fails undoes this as well
-            ledger.tell()
-            ledger.remember(optimizer, rest)
-            run(optimizer, groups, rest)
-        self._stored.finish()
+        try:
+            with ledger.lock:  # a part that fails undoes this as well
+                ledger.tell()
+                ledger.remember(optimizer, rest)
+                run(optimizer, groups, rest)
+        finally:
+            self._stored.finish()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if (groups := self._set_aside.pop(optimizer, None)) is not None:

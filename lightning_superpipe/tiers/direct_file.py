@@ -119,6 +119,11 @@ class DirectFile:
         if errors:
             raise errors[0]
 
+    def go_through_cache(self) -> None:
+        """Leave direct requests alone from now on."""
+        os.close(self._io)
+        self._io, self.is_direct = self.descriptor, False
+
     def close(self) -> None:
         """Close the file; mappings stay. Closing twice does no harm."""
         for descriptor in {self._io, self.descriptor} if self._is_open else ():

@@ -134,11 +134,15 @@ class DiskTier(Tier):
     ) -> None:
         self.kind, self._folder = kind, folder
         self.can_undo = with_undo and options.undo
-        self.file = DirectFile(folder.file(kind), pool, is_named=options.keep)
         self._slabs: list[DiskSlab] = []
         self._stored: list[DiskSlab] = []
-        if self.file.is_direct and not _is_coherent(self.file):
-            self.file.is_direct = False
+        self.file = DirectFile(folder.file(kind), pool, is_named=options.keep)
+        try:
+            if self.file.is_direct and not _is_coherent(self.file):
+                self.file.go_through_cache()
+        except OSError as error:
+            self.file.close()
+            raise folder.full(BLOCK) from error
         if not self.file.is_direct:
             warnings.warn(
                 f"files in {str(folder.path)!r} cannot be read past the page cache: the disk store goes through it, "
