@@ -1,4 +1,4 @@
-"""A training state three times as large as the memory of the process trains, and leaves the bits of the ordinary run."""
+"""A training state three times as large as the memory of the process trains to the bits of the ordinary run."""
 
 from __future__ import annotations
 
