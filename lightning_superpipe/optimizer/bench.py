@@ -41,7 +41,8 @@ class Bench:
         self.unit, self._states, self._step_on, self._can_undo = unit, states, step_on, can_undo
         self._weights = unit.stored
         self._num_weight_bytes = 0 if self._weights is None else self._weights.room_bytes
-        self._in_file = set(range(len(unit.parameters))) - set(unit.strays())
+        in_slab = set(range(len(unit.parameters))) - set(unit.strays())
+        self._in_file = in_slab if self._weights is not None else set()
         self._buffer: Buffer | None = None
         self._free: Event | None = None
         self._members: Sequence[Member] = ()

@@ -82,7 +82,11 @@ class StoredUpdates:
         bench.take(buffer, until=done)
         fetched = self._reads.submit(bench.fetch, after=Past())
         if isinstance(after, Past):
-            part.take_gradients(pending)
+            try:
+                part.take_gradients(pending)
+            except BaseException:
+                done.set()  # nobody shall wait for what never starts
+                raise
 
         def update() -> None:
             fetched.synchronize()
