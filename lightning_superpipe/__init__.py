@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_superpipe.adapters.fabric import FabricSuperpipeStrategy
 from lightning_superpipe.adapters.lightning import SuperpipeStrategy
 from lightning_superpipe.adapters.plain import Pipe, attach
-from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
+from lightning_superpipe.config import Adversary, Disk, Link, SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
+from lightning_superpipe.tiers import Kept, map_safetensors, open_kept
 
 if TYPE_CHECKING:
     from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, enable
@@ -27,7 +28,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adversary",
+    "Disk",
     "FabricSuperpipeStrategy",
+    "Kept",
     "Link",
     "Pipe",
     "SuperpipeAccelerator",
@@ -40,6 +43,8 @@ __all__ = [
     "attach",
     "enable",
     "machine_profile",
+    "map_safetensors",
+    "open_kept",
     "plan",
     "profile_machine",
 ]

@@ -15,11 +15,12 @@ from lightning_superpipe.observe.report import PeakBytes, Report, StepCounters
 from lightning_superpipe.optimizer import UpdateStage
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.workload import Setting
+from lightning_superpipe.tiers import DiskTraffic
 
 __all__ = ["counters_of", "make_report", "static_bytes"]
 
 
-def counters_of(engine: Engine) -> StepCounters:
+def counters_of(engine: Engine, traffic: DiskTraffic) -> StepCounters:
     """Return what an engine has done so far."""
     residency, lanes = engine.residency, engine.lanes
     return StepCounters(
@@ -28,6 +29,8 @@ def counters_of(engine: Engine) -> StepCounters:
         h2d_bytes=lanes.h2d_bytes,
         d2h_bytes=lanes.d2h_bytes,
         stall_seconds=lanes.stall_seconds,
+        disk_read_bytes=traffic.read,
+        disk_written_bytes=traffic.written,
     )
 
 
@@ -41,6 +44,7 @@ def static_bytes(engine: Engine, updates: UpdateStage | None, need: MemoryNeed) 
 def make_report(
     engine: Engine,
     updates: UpdateStage | None,
+    traffic: DiskTraffic,
     *,
     root: nn.Module,
     optimizers: Sequence[Optimizer],
@@ -52,6 +56,7 @@ def make_report(
     last_step: StepCounters,
     sees_loop: bool,
     plan: str,
+    endurance_tb: float | None,
 ) -> Report:
     """Return what streaming cost and saved so far.
 
@@ -75,10 +80,11 @@ def make_report(
         num_parameters=sum(p.numel() for p in root.parameters() if not nn.parameter.is_lazy(p)),
         host=host,
         last_step=last_step,
-        total=counters_of(engine),
+        total=counters_of(engine, traffic),
         device=str(engine.device),
         emulated=not is_separate(engine.device),
         sees_loop=sees_loop,
         unit_overhead_us=engine.overhead_us(),
         plan=plan,
+        endurance_tb=endurance_tb,
     )

@@ -15,10 +15,13 @@ from lightning_superpipe.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS",
+    "STORED_KINDS",
     "ActivationChoice",
     "Adversary",
     "Auto",
+    "Disk",
     "Link",
+    "StoreChoice",
     "SuperpipeConfig",
     "UnitChoice",
     "Update",
@@ -32,6 +35,10 @@ Update = Literal["auto", "in_backward", "after_backward", "at_once"]
 ACTIVATIONS = ("keep", "recompute", "offload", "auto")
 ActivationChoice = str | Mapping[str, str]
 WireDtype = Literal["bfloat16", "float16"]
+STORED_KINDS = ("weights", "states", "gradients", "activations")
+_STORES = ("host", "disk")
+_ON_DISK = ("weights", "states")
+StoreChoice = str | Mapping[str, str]
 UnitChoice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
@@ -97,6 +104,44 @@ class Link:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """Files in place of host memory, for the kinds that ``store`` puts on disk.
+
+    Attributes:
+        folder: where; None takes a folder of its own below the temporary folder, or below the user's cache where the
+            temporary folder is memory itself.
+        keep: leave weights and optimizer states in ``folder`` when the run ends, with a checksum for each tensor;
+            :func:`lightning_superpipe.open_kept` reads them. Needs ``folder``. Otherwise no file outlives the run.
+        ring: buffers in host memory between disk and device, each as large as the largest unit, and as many between
+            disk and update, each as large as a unit's weights and states.
+        requests: reads or writes of one unit under way at once.
+        undo: write each update beside the bytes of the step before, so that a step whose read or write fails is undone
+            as a whole; files are twice as large, no byte more is written. False overwrites them in place.
+        endurance_tb: bytes that may be written in the drive's life (its TBW), in 10^12; None if not known.
+    """
+
+    folder: str | None = None
+    keep: bool = False
+    ring: int = 3
+    requests: int = 4
+    undo: bool = True
+    endurance_tb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and not (isinstance(self.folder, str) and self.folder):
+            raise ConfigError(f"disk.folder={self.folder!r}: the name of a folder is allowed, or null.")
+        for name in ("keep", "undo"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"disk.{name}={getattr(self, name)!r}: allowed are true and false.")
+        if self.keep and self.folder is None:
+            raise ConfigError("disk.keep=True needs disk.folder: say where the files shall stay.")
+        _check_count("disk.ring", self.ring, least=2)
+        _check_count("disk.requests", self.requests)
+        if self.endurance_tb is not None and not (_is_number(self.endurance_tb) and self.endurance_tb > 0):
+            raise ConfigError(f"disk.endurance_tb={self.endurance_tb!r}: a positive number of 10^12 bytes, or null.")
+
+
+@dataclass(frozen=True)
 class Adversary:
     """Makes timing and memory hostile, so that a missing fence shows as a wrong number. For tests and bug reports.
 
@@ -129,6 +174,11 @@ class SuperpipeConfig:
             accelerator has free limits the choice.
         host_memory: bytes that weights, gradients, optimizer states and staging may take on the host together; None
             takes what the machine has available. A run that needs more is refused before anything is allocated.
+        store: where what is not on the device lives: ``"host"``, ``"disk"`` (weights and optimizer states, masters
+            among them, in files; gradients and activations stay in host memory), or a mapping of kinds (``"weights"``,
+            ``"states"``, ``"gradients"``, ``"activations"``) to these; kinds it does not name stay on the host.
+            Anchors, buffers, and what is trained in mostly frozen units (adapters) are on the host in any case.
+        disk: the files of kinds on disk; None takes the defaults.
         wire_dtype: dtype in which parameters cross the link, lie in slots and compute (``"bfloat16"`` or
             ``"float16"``), while those of the module stay float32 masters on the host; None keeps their own. Not equal
             to the run in float32: it equals one whose module is a copy in the wire dtype, made anew from the masters
@@ -174,6 +224,8 @@ class SuperpipeConfig:
     resident: int | Auto = "auto"
     device_memory: int | str | None = None
     host_memory: int | str | None = None
+    store: StoreChoice = "host"
+    disk: Disk | None = None
     wire_dtype: WireDtype | None = None
     master_weights: Literal["float32"] | None = None
     units: UnitChoice = None
@@ -213,7 +265,8 @@ class SuperpipeConfig:
         _check_units(self.units)
         _check_count("micro_batches", self.micro_batches)
         _check_activations(self.activations, self.micro_batches)
-        for name, nested in (("link", Link), ("adversary", Adversary)):
+        _check_store(self.store)
+        for name, nested in _NESTED.items():
             if not isinstance(getattr(self, name), nested | None):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: a mapping of {_names(nested)} is allowed, or null.")
         for name in ("device_memory", "host_memory"):
@@ -230,11 +283,25 @@ class SuperpipeConfig:
         lightning_superpipe.errors.ConfigError: unknown option 'kprime': did you mean 'k_prime'?
         """
         _check_names(cls, options)
-        for name, nested in (("link", Link), ("adversary", Adversary)):
+        for name, nested in _NESTED.items():
             if isinstance(options.get(name), Mapping):
                 _check_names(nested, options[name], prefix=f"{name}.")
                 options[name] = nested(**options[name])
         return cls(**options)
+
+    def is_on_disk(self, kind: str) -> bool:
+        """Whether ``store`` puts a kind of bytes into files.
+
+        >>> config = SuperpipeConfig(store="disk")
+        >>> [kind for kind in STORED_KINDS if config.is_on_disk(kind)]
+        ['weights', 'states']
+        """
+        if isinstance(self.store, str):
+            return self.store == "disk" and kind in _ON_DISK
+        return self.store.get(kind) == "disk"
+
+
+_NESTED: dict[str, type[Link] | type[Disk] | type[Adversary]] = {"disk": Disk, "link": Link, "adversary": Adversary}
 
 
 def _names(schema: type) -> str:
@@ -305,6 +372,20 @@ def _check_activations(choice: Any, micro_batches: int) -> None:
             f"micro_batches={micro_batches} splits the batch inside units that recompute, but activations={choice!r} "
             "lets none do so. Use activations='recompute', or micro_batches=1."
         )
+
+
+def _check_store(store: Any) -> None:
+    """Raise ConfigError unless ``store`` is a place, or a mapping of kinds to places."""
+    if isinstance(store, Mapping):
+        for kind in store:
+            if kind not in STORED_KINDS:
+                raise ConfigError(f"store={dict(store)!r}: {kind!r} is no kind, {nearest(str(kind), STORED_KINDS)}")
+    for place in store.values() if isinstance(store, Mapping) else [store]:
+        if not isinstance(place, str) or place not in _STORES:
+            raise ConfigError(
+                f"store={store!r}: allowed are {_listed(_STORES)}, or a mapping of kinds ({', '.join(STORED_KINDS)}) "
+                "to these."
+            )
 
 
 def _check_count(name: str, value: Any, also: str | None = None, least: int = 1) -> None:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.config import STORED_KINDS, Disk, SuperpipeConfig
 from lightning_superpipe.engine.staging import NUM_BUFFERS
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.observe.host_bytes import HostBytes, available_bytes, storage_bytes
 from lightning_superpipe.optimizer.masters import MASTER, wants_master
 from lightning_superpipe.optimizer.state_size import missing_state_bytes
+from lightning_superpipe.partition import UnitTable
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.host_budget import HostNeed
-from lightning_superpipe.tiers import Tier
+from lightning_superpipe.tiers import Tier, is_mapped
 
 __all__ = ["held_bytes", "host_limit", "host_need", "require_host", "training_bytes"]
 
@@ -63,7 +64,12 @@ def host_need(
 
 
 def require_host(
-    root: nn.Module, optimizers: Sequence[Optimizer], config: SuperpipeConfig, device_need: MemoryNeed, wire: Wire
+    root: nn.Module,
+    optimizers: Sequence[Optimizer],
+    config: SuperpipeConfig,
+    device_need: MemoryNeed,
+    wire: Wire,
+    units: UnitTable,
 ) -> None:
     """Make sure that the host can hold what is known of a training.
 
@@ -71,6 +77,10 @@ def require_host(
         BudgetError: it cannot.
     """
     need = host_need(root, optimizers, device_need, wire, with_masters=config.master_weights is not None)
+    kinds = {kind for kind in STORED_KINDS if config.is_on_disk(kind)}
+    if kinds:
+        sizes = {"streamed": units.streamed_bytes, "largest": units.largest.num_bytes}
+        need = need.with_files(kinds, **sizes, num_buffers=(config.disk or Disk()).ring)
     limit = config.host_memory if isinstance(config.host_memory, int) else None
     need.check(available=available_bytes(), limit=limit)
 
@@ -92,7 +102,7 @@ def held_bytes(root: nn.Module, optimizers: Iterable[Optimizer], tier: Tier, *, 
         weights=_with_strays(tier.part("weights"), [*parameters, *root.buffers()]),
         staging=tier.part("wire").allocated_bytes + scratch_bytes,
         gradients=_with_strays(tier.part("gradients"), gradients),
-        states=storage_bytes(_state_tensors(optimizers)),
+        states=_with_strays(tier.part("states"), _state_tensors(optimizers)),
     )
 
 
@@ -107,7 +117,7 @@ def training_bytes(root: nn.Module, optimizers: Iterable[Optimizer], *, has_grad
 def _with_strays(tier: Tier, tensors: Sequence[Tensor]) -> int:
     with torch._C.DisableTorchFunctionSubclass():  # addresses need not wait for updates under way
         strays = [each for each in tensors if each.layout is torch.strided and not tier.holds(each)]
-    return tier.allocated_bytes + storage_bytes(strays)
+    return tier.memory_bytes + storage_bytes([each for each in strays if not is_mapped(each)])
 
 
 def _state_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:

@@ -29,22 +29,20 @@ from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.optimizer import (
-    DeviceUpdates,
     FusedChoice,
     Masters,
+    ShareChoice,
     make_stage,
     sparsely_differentiated,
-    use_chosen_share,
     wants_fused,
 )
 from lightning_superpipe.partition import UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import choose_k, choose_residents, refuse_updates
 from lightning_superpipe.planning.workload import Setting
-from lightning_superpipe.profiling import Profiler
 from lightning_superpipe.promotions import report_promotions
 from lightning_superpipe.rewind import Attempts, OutOfDeviceMemory, Undone
-from lightning_superpipe.tiers import HostTier
-from lightning_superpipe.tuning import Tuner
+from lightning_superpipe.tiers import Places
+from lightning_superpipe.tuning import Tuner, make_tuner
 
 __all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
@@ -100,12 +98,19 @@ class Session:
         self._optimizers = list(optimizers)
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
-        self._tier = HostTier(pin=may_pin(config, device) and self._wire.dtype is None)
+        self._tier = Places(config, pin=may_pin(config, device) and self._wire.dtype is None, trains=trains)
         scope = self._call_scope if owns_root else None
-        self._engine = make_engine(root, found, start, config, device, tier=self._tier, wire=self._wire, scope=scope)
+        try:
+            self._tier.part("weights").reserve(self.units.streamed_bytes)
+            self._engine = make_engine(
+                root, found, start, config, device, tier=self._tier, wire=self._wire, scope=scope
+            )
+        except BaseException:
+            self._tier.close()
+            raise
         self._masters = Masters() if config.master_weights is not None else None
-        self._updates = make_stage(self._engine, config, self._masters)
-        self._is_share_chosen = config.update_on_device != "auto"
+        self._updates = make_stage(self._engine, config, self._masters, self._tier)
+        self._share = ShareChoice(self._updates, is_open=config.update_on_device == "auto")
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._tuner = self._make_tuner(start, limit, tell or _log.info)
         self._backward_scope = contextlib.ExitStack()
@@ -118,45 +123,26 @@ class Session:
         self.recording: Recording | None = None
 
     def _make_tuner(self, start: Setting, limit: int | None, tell: Callable[[str], None]) -> Tuner:
-        profiler = Profiler(
+        return make_tuner(
             self._engine,
             self._meter,
-            trains=self.trains,
-            optimizers=lambda: self._optimizers,
-            anchor_bytes=lambda: self._static_bytes()[1],
-        )
-        return Tuner(
-            self._engine,
-            profiler,
             self.config,
-            replace(start, activations=self._engine.activations.policies()),
+            start,
             trains=self.trains,
             need=self._need,
             limit=limit,
-            host_limit=self._host_limit,
-            emulated=self.is_emulated,
+            optimizers=lambda: self._optimizers,
+            anchor_bytes=lambda: self._static_bytes()[1],
+            host_limit=lambda: host_limit(self.config, self._held()),
             tell=tell,
         )
-
-    def _host_limit(self) -> int:
-        return host_limit(self.config, self._held())
 
     def _held(self) -> HostBytes:
         scratch = 0 if self._masters is None else self._masters.scratch_bytes
         return held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch)
 
     def _require_host(self) -> None:
-        require_host(self._root, self._optimizers, self.config, self._need, self._wire)
-
-    @property
-    def _device_updates(self) -> DeviceUpdates | None:
-        return None if self._updates is None else self._updates.device
-
-    def _require_room_for_updates(self) -> None:
-        """Raise if what is updated on the device does not fit there."""
-        if self._device_updates is not None and self._device_updates.share:
-            self._need = replace(self._need, update_bytes=self._device_updates.need_bytes)
-            refuse_updates(self.k + self.num_resident, self._need, self._budget)
+        require_host(self._root, self._optimizers, self.config, self._need, self._wire, self.units)
 
     # -- steps
 
@@ -212,29 +198,21 @@ class Session:
         """The backward pass is over."""
         self._backward_scope.close()
 
-    def _choose_share(self) -> None:
-        """Once all is measured, let units be updated on the device where the options leave it open."""
-        profile = self._tuner.settled()
-        if profile is None or self._is_share_chosen or self._device_updates is None:
-            return
-        self._is_share_chosen = True
-        spare = None if self._budget is None else self._budget - self._meter.peak.total
-        use_chosen_share(self._device_updates, profile, spare)
-
     def _begin_training_step(self, *, is_undisturbed: bool) -> None:
         is_recorded = self._num_steps == self.config.record_step
         update = "at_once" if self._updates is None else self._updates.kind
         self._is_counted = self._tuner.begin_step(
             self._num_steps, is_recorded=is_recorded, is_undisturbed=is_undisturbed, update=update
         )
-        self._choose_share()
+        spare = None if self._budget is None else self._budget - self._meter.peak.total
+        self._share.settle(self._tuner.settled(), spare)
         if self._tuner.is_new and self._updates is not None:
             self._updates.suspend()  # if the device has no room for this step, it can be repeated
         if is_recorded:
             self._engine.lanes.start_recording()
             self._meter.recorder = self._engine.lanes.recorder
         self._num_steps += 1
-        self._is_step_open, self._at_step_start = True, counters_of(self._engine)
+        self._is_step_open, self._at_step_start = True, counters_of(self._engine, self._tier.traffic)
         self._engine.gradients.on_handed_over = self._meter.leave_out if self._is_counted else None
         self._engine.gradients.on_leaving = self._meter.set_apart if self._is_counted else None
 
@@ -246,7 +224,7 @@ class Session:
         self._is_step_open = False
         self._meter.sample()
         self._tuner.end_step(self._num_steps - 1)
-        self._last_step = counters_of(self._engine) - self._at_step_start
+        self._last_step = counters_of(self._engine, self._tier.traffic) - self._at_step_start
         if self._meter.recorder is not None:
             self._meter.recorder = None
             self.recording = self._engine.lanes.stop_recording().finish(
@@ -333,7 +311,9 @@ class Session:
         self._require_host()
         if self._updates is not None:
             self._updates.attend(self._optimizers)
-            self._require_room_for_updates()
+            if self._updates.device is not None and self._updates.device.share:
+                self._need = replace(self._need, update_bytes=self._updates.device.need_bytes)
+                refuse_updates(self.k + self.num_resident, self._need, self._budget)
 
     def updating_in_backward(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
         """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
@@ -363,12 +343,19 @@ class Session:
         self._finish_step()
         self._final_profile = self.unit_profile()
         self._tuner.close()
-        if self._updates is not None:
-            self._updates.close()
+        try:
+            if self._updates is not None:
+                self._updates.close()
+            self._tier.keep(self._root, self._optimizers)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
         self._final_report = self.report()
         self._engine.close()
         del (
             self._updates,
+            self._share,
             self._engine,
             self._meter,
             self._tuner,
@@ -387,6 +374,7 @@ class Session:
         return make_report(
             self._engine,
             self._updates,
+            self._tier.traffic,
             root=self._root,
             optimizers=self._optimizers,
             setting=self._tuner.setting,
@@ -397,6 +385,7 @@ class Session:
             last_step=self._last_step,
             sees_loop=self._meter.sees_all or not self._owns_root,
             plan=self._tuner.plan,
+            endurance_tb=None if self.config.disk is None else self.config.disk.endurance_tb,
         )
 
     def _static_bytes(self) -> tuple[int, int]:

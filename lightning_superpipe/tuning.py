@@ -14,10 +14,13 @@ from typing import NamedTuple
 
 import torch
 from humanize import naturalsize
+from torch.optim import Optimizer
 
 from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning
+from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
@@ -27,7 +30,7 @@ from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
 from lightning_superpipe.rewind import OutOfDeviceMemory
 
-__all__ = ["Tuner"]
+__all__ = ["Tuner", "make_tuner"]
 
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 _NUM_TIMED_STEPS = 3
@@ -39,6 +42,36 @@ class _Outcome(NamedTuple):
 
     step_s: float
     peak_bytes: int
+
+
+def make_tuner(
+    engine: Engine,
+    meter: Meter,
+    config: SuperpipeConfig,
+    start: Setting,
+    *,
+    trains: bool,
+    need: MemoryNeed,
+    limit: int | None,
+    optimizers: Callable[[], Sequence[Optimizer]],
+    anchor_bytes: Callable[[], int],
+    host_limit: Callable[[], int],
+    tell: Callable[[str], None],
+) -> Tuner:
+    """Return the tuner of a run, with what measures for it; the arguments are theirs."""
+    profiler = Profiler(engine, meter, trains=trains, optimizers=optimizers, anchor_bytes=anchor_bytes)
+    return Tuner(
+        engine,
+        profiler,
+        config,
+        replace(start, activations=engine.activations.policies()),
+        trains=trains,
+        need=need,
+        limit=limit,
+        host_limit=host_limit,
+        emulated=not is_separate(engine.device),
+        tell=tell,
+    )
 
 
 class Tuner:

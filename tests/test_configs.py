@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
+from lightning_superpipe.config import Adversary, Disk, Link, SuperpipeConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = CONFIGS / "superpipe" / "default.yaml"
@@ -32,7 +32,7 @@ def test_default_yaml_builds_the_default_config() -> None:
     assert SuperpipeConfig.from_options(**default_options()) == SuperpipeConfig()
 
 
-@pytest.mark.parametrize("nested", [Link, Adversary])
+@pytest.mark.parametrize("nested", [Disk, Link, Adversary])
 def test_default_yaml_names_every_option_of_a_nested_group(nested: type) -> None:
     text = DEFAULT.read_text()
     assert [field.name for field in dataclasses.fields(nested) if f"{field.name}:" not in text] == []

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_superpipe.adapters.checks import remarks
 from lightning_superpipe.adapters.materialize import refuse_meta
 from lightning_superpipe.config import SuperpipeConfig
-from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning
+from lightning_superpipe.errors import SuperpipeWarning
 from lightning_superpipe.observe.identity import default_device
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
@@ -47,7 +47,7 @@ class Pipe:
         self._fused = FusedChoice()
         try:
             self._session.attend(optimizers)
-        except SuperpipeError:
+        except BaseException:
             self._session.close()
             raise
         for optimizer in optimizers if wants_fused(config.fused_optimizer, device, scales=False) else ():

@@ -11,14 +11,14 @@ from omegaconf import Container, DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_superpipe.app.groups import GROUPS
-from lightning_superpipe.config import Adversary, Link, nearest
+from lightning_superpipe.config import Adversary, Disk, Link, nearest
 from lightning_superpipe.errors import SuperpipeError
 
 __all__ = ["explain"]
 
 _NESTED = {
     f"superpipe.{name}": tuple(field.name for field in fields(schema))
-    for name, schema in (("link", Link), ("adversary", Adversary))
+    for name, schema in (("disk", Disk), ("link", Link), ("adversary", Adversary))
 }
 
 

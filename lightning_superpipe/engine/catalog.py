@@ -140,7 +140,7 @@ class Catalog:
         """Note that the bytes of a host parameter may have changed without a trace."""
         streamed = self._hosts.get(id(tensor))
         if streamed is not None:
-            streamed[0].stamp = None
+            streamed[0].distrust()
         if id(tensor) in self._anchors.reasons:
             self._anchors.invalidate()
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from lightning_superpipe.config import Adversary, SuperpipeConfig
 from lightning_superpipe.engine.lanes import Lanes
+from lightning_superpipe.engine.layout import slot_bytes_of, trained_bytes_of
 from lightning_superpipe.engine.stream_lanes import StreamLanes
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
-from lightning_superpipe.engine.unit import slot_bytes_of, trained_bytes_of
 from lightning_superpipe.engine.wire import HALVES, Wire
 from lightning_superpipe.errors import ConfigError, UnsupportedError
 from lightning_superpipe.partition import Partition

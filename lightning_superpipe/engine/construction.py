@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_superpipe.config import Adversary, SuperpipeConfig
+from lightning_superpipe.config import Adversary, Disk, SuperpipeConfig
 from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.choices import make_lanes, may_pin
@@ -41,13 +41,14 @@ def make_engine(
     """
     hostile = config.adversary or Adversary(poison=False, shuffle_slots=False)
     seed = hostile.seed if hostile.shuffle_slots else None
+    num_fetches = (config.disk or Disk()).ring
     names = [unit.name for unit in found.units]
     try:
         return Engine(
             root,
             [(unit.name, unit.module) for unit in found.units],
             found.anchors,
-            Window(start.k, start.k_prime, hostile.poison, seed, start.resident),
+            Window(start.k, start.k_prime, hostile.poison, seed, start.resident, num_fetches),
             lanes=make_lanes(config, device, hostile),
             tier=tier,
             pin=may_pin(config, device),

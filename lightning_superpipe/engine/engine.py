@@ -23,19 +23,21 @@ from lightning_superpipe.engine.casts import Casts
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.census import Probes
 from lightning_superpipe.engine.changeover import change_over
+from lightning_superpipe.engine.fetching import FetchRing
 from lightning_superpipe.engine.follower import TRAIN, Follower
 from lightning_superpipe.engine.gradients import GradientReturn
 from lightning_superpipe.engine.graph_end import call_at_end
 from lightning_superpipe.engine.installation import Installation
 from lightning_superpipe.engine.lanes import Label, Lanes, Mark, now
+from lightning_superpipe.engine.layout import trained_bytes_of
 from lightning_superpipe.engine.offload import Offload
 from lightning_superpipe.engine.outside import Outside
-from lightning_superpipe.engine.residency import Residency
+from lightning_superpipe.engine.residency import Residency, Staging
 from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.staging import WireStaging
 from lightning_superpipe.engine.tokens import SavedTensors
 from lightning_superpipe.engine.twins import make_twin
-from lightning_superpipe.engine.unit import Unit, trained_bytes_of
+from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
 from lightning_superpipe.engine.window import Window
 from lightning_superpipe.engine.wire import Wire
@@ -111,15 +113,17 @@ class Engine:
         keep = spread(range(len(self.units)), window.num_resident)
         self.follower = Follower(len(self.units), num_slots, window.k_prime, keep)
         staging = WireStaging(tier.part("wire", pin=pin))
+        fetches = None if tier.part("weights").is_memory else FetchRing(tier.part("wire", pin=pin), window.num_fetches)
         self.residency = Residency(
-            self.units, self.slots, lanes, self.follower, self.casts, self.binding.unbind, staging
+            self.units, self.slots, lanes, self.follower, self.casts, self.binding.unbind, Staging(staging, fetches)
         )
         trained = max(trained_bytes_of(unit.module, anchors, self.wire) for unit in self.units)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * trained, pin=pin)
         self.saved = SavedTensors(self)
         self.outside = Outside(self.wire, self.anchors, self.catalog, self.residency, self.saved, self.recover)
         choices = choices or [Choice()] * len(self.units)
-        self.activations = Activations(self, choices, Offload(lanes, tier, self.staying), num_parts=micro_batches)
+        offload = Offload(lanes, tier.part("activations"), self.staying)
+        self.activations = Activations(self, choices, offload, num_parts=micro_batches)
         self._installation = Installation(self, root, tier.part("weights"), root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
@@ -187,6 +191,7 @@ class Engine:
         if self._is_in_step and not unit.num_active:
             was_absent, deviations = unit.slot is None, self.follower.num_deviations
             self.residency.move(self.follower.before(use, self.residency.resident), needed=unit)
+            self.residency.look_ahead()
             if was_absent and unit.slot is not None and self.follower.num_deviations > deviations:
                 self.residency.num_plan_misses += 1  # the plan that asked for it was made too late to help
 
@@ -209,6 +214,7 @@ class Engine:
                     self.residency.part_with_stashed(unit)
                     if self._is_in_step:
                         self.residency.move(self.follower.after(Action(op, unit.index)))
+                        self.residency.look_ahead()
                 self.casts.let_go(unit, is_evaluation=self._is_evaluation)
                 self.probes.boundary(op.value, unit.index)
             caller = self._calls[-1] if self._calls else None
@@ -274,6 +280,7 @@ class Engine:
         self._is_in_step, self._is_evaluation = True, mode != TRAIN
         resident = self.residency.resident()
         self.residency.move(self.follower.begin(mode, resident, next_is_same=is_undisturbed))
+        self.residency.look_ahead()
 
     def _end_scope(self, mode: str) -> None:
         self._abort_calls()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from lightning_superpipe.planning import Action, Op, Plan, forward_keep, forward_order, lower_window, training_order
 
@@ -110,8 +110,14 @@ class Follower:
 
     def will_evict(self, unit: int) -> bool:
         """Whether the rest of the plan evicts a unit."""
-        rest = () if self.plan is None else self.plan.actions[self._cursor :]
-        return any(action.op is Op.EVICT and action.unit == unit for action in rest)
+        return any(action.op is Op.EVICT and action.unit == unit for action in self._rest())
+
+    def next_loads(self) -> Iterator[int]:
+        """Units that the rest of the plan loads, in its order."""
+        return (action.unit for action in self._rest() if action.op is Op.PREFETCH)
+
+    def _rest(self) -> Sequence[Action]:
+        return () if self.plan is None else self.plan.actions[self._cursor :]
 
     def num_forwards(self, unit: int) -> int:
         """How many times a unit has computed its forward in this step."""

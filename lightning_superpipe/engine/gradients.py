@@ -63,7 +63,10 @@ class GradientReturn:
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
         self._lanes = lanes
         self._host = HostLane()
-        self.homes = Homes(tier.part("gradients"))
+        homes = tier.part("gradients")
+        self.homes = Homes(homes)
+        # Autograd's own memory would hold what belongs into files.
+        self._hands_over = lanes.shares_memory and homes.is_memory
         self._landings = Landings(tier.part("wire", pin=pin))
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
@@ -93,7 +96,7 @@ class GradientReturn:
             return
         if self._batch_label != label:
             self.flush()
-        if self._lanes.shares_memory:
+        if self._hands_over:
             self._hand_over(parameter, gradient, label)
             return
         self._make_room(gradient.nbytes)
@@ -118,7 +121,7 @@ class GradientReturn:
             return
         self._batch, self._batch_label = [], None
         parameters = [shipment.parameter for shipment in batch]
-        if self._lanes.shares_memory:
+        if self._hands_over:
             self._lanes.hand_over(self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
             self._tell_handed_over(parameters)

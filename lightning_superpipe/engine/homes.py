@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Event
+from lightning_superpipe.engine.layout import lay_out
 from lightning_superpipe.engine.slots import storage_use_count
-from lightning_superpipe.engine.unit import lay_out
 from lightning_superpipe.tiers import Slab, Tier
 
 __all__ = ["RING_SIZE", "Homes"]

@@ -43,6 +43,7 @@ class Installation:
                 for module in unit.members.values():
                     swap_out(module)
             raise
+        engine.residency.note_installed()
         self._outer = self._install_outer() if engine.anchors.have_copies else []
         if root_scope is not None and owner_of(root) is None:
             self._outer.append(root)
@@ -80,7 +81,7 @@ class Installation:
 
     def adopt(self, units: Sequence[Unit]) -> None:
         """Bring host bytes into the store, where they are not there yet."""
-        straying = [unit for unit in units if unit.strays()]
+        straying = [unit for unit in units if unit.homeless()]
         owners = None
         if straying and not self._engine.is_separate:
             tensors = [*self._root.parameters(), *self._root.buffers()]
@@ -102,6 +103,7 @@ class Installation:
         unit.scan()
         engine.note_dtypes()
         self._install(unit)
+        engine.residency.note_installed()
         if unit.num_bytes > engine.slots.slot_bytes:
             for other in engine.units:
                 if other.slot is not None:

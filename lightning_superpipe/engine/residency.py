@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.casting import write_home
 from lightning_superpipe.engine.casts import Casts
+from lightning_superpipe.engine.fetching import FetchRing
 from lightning_superpipe.engine.follower import Follower
 from lightning_superpipe.engine.host_lane import Past
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
@@ -17,9 +19,17 @@ from lightning_superpipe.engine.slots import Slot, SlotPool
 from lightning_superpipe.engine.staging import Staged, WireStaging
 from lightning_superpipe.engine.twins import release_memory
 from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.errors import TransferError
 from lightning_superpipe.planning import Action, Op
 
-__all__ = ["Residency"]
+__all__ = ["Residency", "Staging"]
+
+
+class Staging(NamedTuple):
+    """The hops before a copy to the device: units that are cast, and units that lie in files (None: none does)."""
+
+    casts: WireStaging
+    fetches: FetchRing | None = None
 
 
 class Residency:
@@ -27,7 +37,7 @@ class Residency:
 
     Args:
         unbind: takes a unit's twins out of its modules; called before its slot is given away.
-        staging: where units that are cast wait for their copy.
+        staging: where units that are cast or lie in files wait for their copy.
 
     Attributes:
         last_copy: end of the newest copy that reads host memory.
@@ -46,9 +56,9 @@ class Residency:
         follower: Follower,
         casts: Casts,
         unbind: Callable[[Unit], None],
-        staging: WireStaging,
+        staging: Staging,
     ) -> None:
-        self._staging = staging
+        self._staging, self._fetches = staging.casts, staging.fetches
         self.units, self.slots, self.lanes, self.follower, self._unbind = units, slots, lanes, follower, unbind
         self._casts = casts
         self.last_copy: Event | None = None
@@ -89,7 +99,11 @@ class Residency:
                 self._make_room(unit)
             self.load(unit)
         if unit.arrival is not None:
-            self.lanes.compute_waits(unit.arrival, unit.index)
+            try:
+                self.lanes.compute_waits(unit.arrival, unit.index)
+            except TransferError:
+                unit.distrust()  # the slot holds nothing: who tries again must load again
+                raise
             unit.arrival = None
         if unit.pending is not unit.in_slot or (unit.pending is not None and unit.pending.done.query()):
             unit.settle()  # it has passed, or the copy could not have arrived
@@ -123,14 +137,25 @@ class Residency:
         fences = [slot.free_after, None if pending is None else pending.done]
         with raw_tensors():
             self._move_twins(unit, slot)
+            fetched = self._fetches.fetch(unit) if self._fetches is not None and unit.stored is not None else None
+            host_bytes = None if fetched is None else fetched.bytes
+            if fetched is not None:
+                fences.append(fetched.ready)
             if unit.is_cast:
                 updated = Past() if pending is None else pending.done
-                staged = self._staging.stage(unit, buffer_bytes=self.slots.slot_bytes, after=updated)
+                after = updated if fetched is None else fetched.ready
+                staged = self._staging.stage(unit, buffer_bytes=self.slots.slot_bytes, after=after, fetched=host_bytes)
                 fences.append(staged.ready)
-            copies = unit.copies_to(slot) if staged is None else [Copy(slot.buffer[: unit.num_bytes], staged.bytes)]
+            copies = (
+                unit.copies_to(slot, host_bytes)
+                if staged is None
+                else [Copy(slot.buffer[: unit.num_bytes], staged.bytes)]
+            )
             copies += self._copies_to_stashed(unit, staged)
-        after = [event for event in fences if event is not None]
-        unit.arrival = self.last_copy = self.lanes.h2d(copies, after=after, label=Label("P", unit.index, unit.name))
+        passed = [event for event in fences if event is not None]
+        unit.arrival = self.last_copy = self.lanes.h2d(copies, after=passed, label=Label("P", unit.index, unit.name))
+        if fetched is not None:
+            fetched.hold_until(unit.arrival if staged is None else staged.ready)
         if staged is not None:
             staged.hold_until(unit.arrival)
         unit.stamp = unit.current_stamp()
@@ -138,6 +163,16 @@ class Residency:
         if pending is None:
             unit.host_versions = [host._version for host in unit.parameters]
         self.num_loads += 1
+
+    def look_ahead(self) -> None:
+        """Let units that the plan loads next be read from their files, though no slot is free for them yet."""
+        if self._fetches is not None:
+            self._fetches.look_ahead(self.units[index] for index in self.follower.next_loads())
+
+    def note_installed(self) -> None:
+        """Units have got their slabs, or others."""
+        if self._fetches is not None:
+            self._fetches.note_sizes(self.units)
 
     def _copies_to_stashed(self, unit: Unit, staged: Staged | None) -> list[Copy]:
         """What to copy into twins that own their memory; graphs that hold one see a new version, as without us."""
@@ -240,6 +275,8 @@ class Residency:
     def close(self) -> None:
         """Evict everything; twins in graphs that are still alive keep their shape and hold one element."""
         self._staging.close()
+        if self._fetches is not None:
+            self._fetches.close()
         for unit in self.units:
             if unit.slot is not None:
                 self.copy_back(unit)

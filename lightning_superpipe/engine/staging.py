@@ -67,11 +67,12 @@ class WireStaging:
         self._ring: list[_Buffer] = []
         self._next = 0
 
-    def stage(self, unit: Unit, *, buffer_bytes: int, after: Event) -> Staged:
+    def stage(self, unit: Unit, *, buffer_bytes: int, after: Event, fetched: Tensor | None = None) -> Staged:
         """Start casting a unit, once its update is done (``after``) and the copy before has left the buffer.
 
         Args:
             buffer_bytes: of the largest unit.
+            fetched: its bytes, where they are read into memory; ``after`` is then the end of that.
         """
         buffer = self._take(buffer_bytes)
         staged = buffer.slab.bytes[: unit.num_bytes]
@@ -79,7 +80,7 @@ class WireStaging:
             staged[offset : offset + host.numel() * dtype.itemsize].view(dtype).as_strided(host.size(), host.stride())
             for host, offset, dtype in zip(unit.parameters, unit.offsets, unit.dtypes, strict=True)
         ]
-        sources = [parameter.data for parameter in unit.parameters]
+        sources = unit.host_views(fetched)
         ready = self._lane.submit(partial(_cast, buffer.free_after, views, sources), after=after)
         return Staged(buffer, staged, views, ready)
 

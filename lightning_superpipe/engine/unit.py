@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Copy, Event
+from lightning_superpipe.engine.layout import lay_out
 from lightning_superpipe.engine.pending import Pending, unfenced
-from lightning_superpipe.engine.slots import ALIGNMENT, Slot, storage_key, storage_use_count
+from lightning_superpipe.engine.sites import Site, derived_attributes, signature
+from lightning_superpipe.engine.slots import Slot, storage_key, storage_use_count
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.partition import is_streamable
-from lightning_superpipe.tiers import Slab, Tier
+from lightning_superpipe.tiers import Slab, StoredSlab, Tier
 
-__all__ = ["Site", "Unit", "graph_reference", "lay_out", "num_owners", "slot_bytes_of", "trained_bytes_of"]
-
-
-class Site(NamedTuple):
-    """A place in the model where a parameter is registered: ``module._parameters[name]``."""
-
-    module: nn.Module
-    name: str
-    parameter: nn.Parameter
-
-    def holds(self, parameter: nn.Parameter) -> bool:
-        return self.module._parameters.get(self.name) is parameter
-
-    def put(self, parameter: nn.Parameter) -> None:
-        self.module._parameters[self.name] = parameter
+__all__ = ["Unit", "graph_reference", "num_owners"]
 
 
 class Unit:
@@ -53,6 +40,7 @@ class Unit:
     Attributes:
         dtypes, offsets, num_bytes: of the parameters on the device.
         host_offsets, host_bytes: in host memory.
+        is_mostly_trained: more of its bytes are trained than frozen.
     """
 
     def __init__(
@@ -77,7 +65,10 @@ class Unit:
         self.epoch = 0
         self.pending: Pending | None = None
         self.in_slot: Pending | None = None
+        self._fetched_stamp: tuple[object, ...] | Pending | None = None
         self._slab: Slab | None = None
+        self._stays: set[int] = set()
+        self.is_mostly_trained = True
         self.twins: list[nn.Parameter | None] = []
         self.scan()
 
@@ -100,7 +91,7 @@ class Unit:
         position = {key: index for index, key in enumerate(streamed)}
         self.sites = [(site, position[id(site.parameter)]) for site in sites if id(site.parameter) in position]
         self.anchor_sites = [site for site in sites if id(site.parameter) in self._anchors]
-        self._signature = _signature(sites)
+        self._signature = signature(sites)
         self._layouts = [_layout(parameter) for parameter in self.parameters]
         self.dtypes = [self._wire.dtype_of(parameter) for parameter in self.parameters]
         self.is_cast = any(map(self._wire.casts, self.parameters))
@@ -111,7 +102,7 @@ class Unit:
         self.versions: list[int] = []
         self.host_versions: list[int] = []
         self.has_own_storage: set[int] = set()
-        self._derived = list(_derived_attributes(self.module))
+        self._derived = list(derived_attributes(self.module))
         self.rnns = [module for module in self.module.modules() if isinstance(module, nn.RNNBase)]
         owners = [] if hasattr(self.module, "_orig_mod") else [site.module for site in sites]
         self.members = {id(module): module for module in [self.module, *owners]}
@@ -121,7 +112,7 @@ class Unit:
 
     def is_current(self) -> bool:
         """Whether modules, parameters and twins are still those of the last scan."""
-        if _signature(self.registered()) != self._signature:
+        if signature(self.registered()) != self._signature:
             return False
         with unfenced():
             return [_layout(parameter) for parameter in self.parameters] == self._layouts
@@ -129,12 +120,29 @@ class Unit:
     # -- host bytes
 
     def reserve(self, tier: Tier) -> None:
-        """Take memory for the host bytes, so that a unit travels as one copy."""
-        self._slab = tier.allocate(self.host_bytes)
+        """Take memory for the host bytes, so that a unit travels as one copy.
+
+        Where the tier is files, what is trained in a mostly frozen unit stays in memory: files are then only read.
+        """
+        self._stays = {index for index, parameter in enumerate(self.parameters) if not tier.takes(parameter)}
+        trained = {index for index, parameter in enumerate(self.parameters) if parameter.requires_grad}
+        num_trained_bytes = sum(self.parameters[index].nbytes for index in trained)
+        self.is_mostly_trained = 2 * num_trained_bytes > sum(parameter.nbytes for parameter in self.parameters)
+        if not tier.is_memory and not self.is_mostly_trained:
+            self._stays |= trained
+        is_needed = not self.parameters or len(self._stays) < len(self.parameters)
+        self._slab = tier.allocate(self.host_bytes) if is_needed else None
+
+    @property
+    def stored(self) -> StoredSlab | None:
+        """The slab, where it is not in memory and holds parameters."""
+        slab = self._slab
+        return slab if isinstance(slab, StoredSlab) and len(self.strays()) < len(self.parameters) else None
 
     def strays(self) -> list[int]:
         """Parameters whose bytes are not in the unit's slab: at first all, later those with a new ``p.data``."""
-        assert self._slab is not None, "reserve() comes first"
+        if self._slab is None:
+            return list(range(len(self.parameters)))
         base = self._slab.bytes.data_ptr()
         with unfenced():
             return [
@@ -142,6 +150,15 @@ class Unit:
                 for index, (parameter, offset) in enumerate(zip(self.parameters, self.host_offsets, strict=True))
                 if parameter.numel() and parameter.data_ptr() != base + offset
             ]
+
+    def in_slab(self) -> list[nn.Parameter]:
+        """Parameters whose bytes are in the slab."""
+        strays = set(self.strays())
+        return [parameter for index, parameter in enumerate(self.parameters) if index not in strays]
+
+    def homeless(self) -> list[int]:
+        """Strays that belong into the slab."""
+        return [index for index in self.strays() if index not in self._stays]
 
     def adopt(self, owners: Mapping[int, int] | None) -> None:
         """Move the bytes of stray host parameters into the slab; the parameter objects stay.
@@ -151,24 +168,41 @@ class Unit:
                 left where it is: somebody's ``p.data = q.data`` means that the two change together. None: move all, as
                 ``.to(device)`` would have parted them too.
         """
-        assert self._slab is not None, "reserve() comes first"
+        slab = self._slab
+        if slab is None:
+            return
         with raw_tensors():
-            for index in self.strays():
+            for index in self.homeless():
                 parameter = self.parameters[index]
                 if owners is not None and storage_use_count(parameter) > owners.get(storage_key(parameter), 0) + 1:
                     continue
-                home = self._slab.carve(self.host_offsets[index], parameter.data)
+                home = slab.carve(self.host_offsets[index], parameter.data)
                 home.copy_(parameter.data)
                 parameter.data = home
+                slab.note_written(home.nbytes)
 
-    def copies_to(self, slot: Slot) -> list[Copy]:
-        """What to copy into a slot: the slab at once, and strays piece by piece. Not for units that are cast."""
-        assert self._slab is not None, "reserve() comes first"
+    def copies_to(self, slot: Slot, fetched: Tensor | None = None) -> list[Copy]:
+        """What to copy into a slot: the slab at once, and strays piece by piece. Not for units that are cast.
+
+        Args:
+            fetched: the slab's bytes, where they have been read into memory.
+        """
         strays = self.strays()
         copies = [Copy(self.view(slot, index), self.parameters[index].data) for index in strays]
         if len(strays) < len(self.parameters):
-            copies.insert(0, Copy(slot.buffer[: self.num_bytes], self._slab.bytes))
+            assert self._slab is not None, "only what has a slab does not stray"
+            copies.insert(0, Copy(slot.buffer[: self.num_bytes], self._slab.bytes if fetched is None else fetched))
         return copies
+
+    def host_views(self, fetched: Tensor | None) -> list[Tensor]:
+        """Each parameter's host bytes, those of the slab from where they have been read to; strays as they are."""
+        views = [parameter.data for parameter in self.parameters]
+        if fetched is not None:
+            for index in set(range(len(views))) - set(self.strays()):
+                start, like = self.host_offsets[index], views[index]
+                piece = fetched[start : start + like.nbytes].view(like.dtype)
+                views[index] = piece.as_strided(like.size(), like.stride())
+        return views
 
     def current_stamp(self) -> tuple[object, ...] | Pending:
         """Equal stamps mean equal host bytes: optimizer steps so far, and each tensor's version and address.
@@ -184,12 +218,21 @@ class Unit:
         with unfenced():
             return (epoch, *((p._version, p.data_ptr()) for p in self.parameters))
 
+    def note_fetched(self) -> None:
+        """The host bytes are on their way into memory, behind the update under way."""
+        self._fetched_stamp = self.current_stamp()
+
+    def is_fetched(self) -> bool:
+        """Whether nothing has changed since :meth:`note_fetched`."""
+        return self._fetched_stamp == self.current_stamp()
+
     # -- updates
 
     def distrust(self) -> None:
         """Anything may have written to the host's bytes, but not while an update of them is under way: it would have
         been waited for.
         """
+        self._fetched_stamp = None
         if self.pending is None or self.stamp is not self.pending:
             self.stamp = None
 
@@ -212,6 +255,8 @@ class Unit:
         if self.pending is pending:
             self.pending = self.in_slot = None
             self.epoch += 1
+            if self._fetched_stamp is pending:
+                self._fetched_stamp = self.current_stamp()
             if self.stamp is pending:
                 self.stamp = self.current_stamp()
                 self.host_versions = [host._version for host in self.parameters]
@@ -347,49 +392,5 @@ def graph_reference() -> int:
     return gained
 
 
-def lay_out(parameters: Sequence[nn.Parameter], wire: Wire | None = None) -> tuple[list[int], int]:
-    """Aligned byte offsets of tensors packed one after the other, and the bytes of all; on the host, or as ``wire``."""
-    offsets, end = [], 0
-    for parameter in parameters:
-        offsets.append(end)
-        num_bytes = parameter.nbytes if wire is None else wire.num_bytes(parameter)
-        end += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-    return offsets, end
-
-
-def slot_bytes_of(
-    module: nn.Module, anchors: Container[int], wire: Wire | None = None, *, is_abstract: bool = False
-) -> int:
-    """Bytes of the slot that a module needs as a unit."""
-    return lay_out(_streamed(module, anchors, is_abstract), wire)[1]
-
-
-def trained_bytes_of(
-    module: nn.Module, anchors: Container[int], wire: Wire | None = None, *, is_abstract: bool = False
-) -> int:
-    """Bytes of the gradients that a module makes as a unit."""
-    return lay_out([p for p in _streamed(module, anchors, is_abstract) if p.requires_grad], wire)[1]
-
-
-def _streamed(module: nn.Module, anchors: Container[int], is_abstract: bool) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if id(p) not in anchors and is_streamable(p, is_abstract=is_abstract)]
-
-
-def _derived_attributes(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Plain tensors that a pre-forward hook makes of parameters (pruning, weight norm of the older kind).
-
-    They belong beside the parameters: pruning reads them between steps, together with masks on the host.
-    """
-    for inner in module.modules():
-        for hook in inner._forward_pre_hooks.values():
-            name = getattr(hook, "_tensor_name", getattr(hook, "name", None))
-            if isinstance(name, str) and isinstance(inner.__dict__.get(name), Tensor):
-                yield inner, name
-
-
 def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
     return tensor.size(), tensor.stride(), tensor.dtype
-
-
-def _signature(sites: list[Site]) -> list[tuple[int, str, int]]:
-    return [(id(site.module), site.name, id(site.parameter)) for site in sites]

@@ -13,6 +13,7 @@ class Window:
 
     Attributes:
         num_resident: units that stay beside the ``k``, evenly spread.
+        num_fetches: buffers for units on their way from files.
     """
 
     k: int
@@ -20,3 +21,4 @@ class Window:
     poison: bool = False
     slot_seed: int | None = None
     num_resident: int = 0
+    num_fetches: int = 3

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.choices import memory_need, wire_of
+from lightning_superpipe.engine.layout import slot_bytes_of, trained_bytes_of
 from lightning_superpipe.engine.micro_batches import why_not_split
 from lightning_superpipe.engine.side_effects import why_not_again
-from lightning_superpipe.engine.unit import slot_bytes_of, trained_bytes_of
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.errors import UnsupportedError
 from lightning_superpipe.forecast.stand_in import StandIn

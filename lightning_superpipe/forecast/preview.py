@@ -13,12 +13,14 @@ from lightning_superpipe.engine.choices import memory_need, wire_of
 from lightning_superpipe.partition import UnitTable, partition, unit_table
 from lightning_superpipe.planning.actions import Op, Plan
 from lightning_superpipe.planning.budget import MemoryNeed, choose_k
+from lightning_superpipe.planning.disk_work import DiskWork, StoredUnit, disk_work
 from lightning_superpipe.planning.lower import forward_keep, lower_window
 from lightning_superpipe.planning.order import forward_order, training_order
 
 __all__ = ["Preview", "predicted_peak_bytes", "preview"]
 
 _WIDTH = 120
+_STATES = 2  # of AdamW, each as large as its parameter
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Preview:
         training: plan of a training step over the units in order of registration.
         inference: plan of a forward pass that is repeated.
         peak_bytes: device bytes known before the first step; activations come on top.
+        disk: what a training step with AdamW, all weights trained, moves between files and memory; None without files.
+        endurance_tb: what may be written in the drive's life, 10^12 bytes; None if not known.
     """
 
     units: UnitTable
@@ -40,6 +44,8 @@ class Preview:
     training: Plan
     inference: Plan
     peak_bytes: int
+    disk: DiskWork | None = None
+    endurance_tb: float | None = None
 
     @property
     def h2d_bytes(self) -> int:
@@ -48,7 +54,16 @@ class Preview:
 
     def __str__(self) -> str:
         """Return everything as text."""
-        return "\n\n".join([str(self.units), self._window(), *self._plans()])
+        return "\n\n".join([str(self.units), self._window(), *self._wear(), *self._plans()])
+
+    def _wear(self) -> list[str]:
+        """Return what files cost, if there are any."""
+        if self.disk is None:
+            return []
+        life = "set disk.endurance_tb to see what that costs of the drive's life"
+        if self.endurance_tb is not None:
+            life = f"{self.disk.life(self.endurance_tb):.2e} of the drive's life"
+        return [f"Files: {self.disk}, trained with AdamW: {life}."]
 
     def _window(self) -> str:
         slots = self.k * self.units.largest.num_bytes
@@ -94,7 +109,19 @@ def preview(module: nn.Module, config: SuperpipeConfig) -> Preview:
         training=lower_window(training_order(num_units), k=k, k_prime=k_prime),
         inference=lower_window(forward, k=k, k_prime=k_prime, resident=first.final_resident, keep=keep, cyclic=True),
         peak_bytes=predicted_peak_bytes(units, k),
+        disk=_disk_work(config, units, lower_window(training_order(num_units), k=k, k_prime=k_prime)),
+        endurance_tb=None if config.disk is None else config.disk.endurance_tb,
     )
+
+
+def _disk_work(config: SuperpipeConfig, units: UnitTable, plan: Plan) -> DiskWork | None:
+    """What a step reads and writes, where kinds are in files."""
+    weights, states = config.is_on_disk("weights"), config.is_on_disk("states")
+    if not (weights or states):
+        return None
+    sizes = [row.num_bytes for row in units if row.role == "unit"]
+    stored = [StoredUnit(size * weights, _STATES * size * states) for size in sizes]
+    return disk_work((action.unit for action in plan.actions if action.op is Op.PREFETCH), stored)
 
 
 def predicted_peak_bytes(units: UnitTable, k: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,14 +62,19 @@ def available_bytes() -> int:
 
 
 def _left_by_groups(root: Path, own: Path) -> Iterator[int]:
-    """What each control group around this process leaves (Linux, version 2; version 1 has one)."""
+    """What each control group around this process leaves (Linux, versions 2 and 1)."""
     lines = own.read_text().splitlines() if own.exists() else []
-    inside = next((line.partition("::")[2] for line in lines if "::" in line), "/").strip("/")
+    for folder in _around(root, lines, "::"):
+        yield from _left(folder, "memory.max", "memory.current", "inactive_file")
+    for folder in _around(root / "memory", lines, ":memory:"):
+        yield from _left(folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _around(root: Path, lines: Sequence[str], mark: str) -> list[Path]:
+    """The folders of the groups around this process, its own first."""
+    inside = next((line.partition(mark)[2] for line in lines if mark in line), "/").strip("/")
     group = root / inside
-    for folder in (group, *group.parents):
-        if folder.is_relative_to(root):
-            yield from _left(folder, "memory.max", "memory.current", "inactive_file")
-    yield from _left(root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    return [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
 
 
 def _left(folder: Path, limit: str, used: str, reclaimable: str) -> Iterator[int]:

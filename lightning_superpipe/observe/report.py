@@ -48,9 +48,11 @@ class StepCounters:
         h2d_bytes: bytes copied from host to device.
         d2h_bytes: bytes copied from device to host.
         stall_seconds: time that compute waited for copies.
+        disk_read_bytes: bytes read from files of the disk store.
+        disk_written_bytes: bytes written to them: by updates, and by weights and states that moved there.
 
-    >>> StepCounters(num_loads=9, h2d_bytes=90) - StepCounters(num_loads=4, h2d_bytes=40)
-    StepCounters(num_loads=5, num_plan_misses=0, h2d_bytes=50, d2h_bytes=0, stall_seconds=0.0)
+    >>> (StepCounters(num_loads=9, h2d_bytes=90) - StepCounters(num_loads=4, h2d_bytes=40)).h2d_bytes
+    50
     """
 
     num_loads: int = 0
@@ -58,6 +60,8 @@ class StepCounters:
     h2d_bytes: int = 0
     d2h_bytes: int = 0
     stall_seconds: float = 0.0
+    disk_read_bytes: int = 0
+    disk_written_bytes: int = 0
 
     def __add__(self, other: StepCounters) -> StepCounters:
         """Return both together."""
@@ -87,6 +91,7 @@ class Report:
         device: such as ``"cuda:0"``.
         emulated: the link or the device memory was emulated.
         unit_overhead_us: what the engine adds to a unit's forward or backward, microseconds.
+        endurance_tb: what may be written in the drive's life, 10^12 bytes; None if not known.
         sees_loop: the peak holds what the user's loop computes itself, such as a loss, and not the model's calls and
             their backward alone.
         num_on_device: units that are updated on the device.
@@ -110,6 +115,7 @@ class Report:
     sees_loop: bool = True
     num_on_device: int = 0
     plan: str = ""
+    endurance_tb: float | None = None
 
     @property
     def peak_device_bytes(self) -> int:
@@ -140,6 +146,22 @@ class Report:
     def d2h_bytes(self) -> int:
         """Bytes copied from device to host, in total."""
         return self.total.d2h_bytes
+
+    @property
+    def drive_life_per_step(self) -> float | None:
+        """Share of the drive's life that the last step's writes cost; None if its endurance is not known."""
+        written = self.last_step.disk_written_bytes
+        return None if self.endurance_tb is None else written / (self.endurance_tb * 1e12)
+
+    @property
+    def disk_read_bytes(self) -> int:
+        """Bytes read from the disk store, in total."""
+        return self.total.disk_read_bytes
+
+    @property
+    def disk_written_bytes(self) -> int:
+        """Bytes written to the disk store, in total."""
+        return self.total.disk_written_bytes
 
     @property
     def stall_seconds(self) -> float:
@@ -223,6 +245,11 @@ class Report:
         table.add_row("plan misses", f"{last.num_plan_misses:,}", f"{total.num_plan_misses:,}")
         table.add_row("host to device", _size(last.h2d_bytes), _size(total.h2d_bytes))
         table.add_row("device to host", _size(last.d2h_bytes), _size(total.d2h_bytes))
+        if total.disk_read_bytes or total.disk_written_bytes:
+            table.add_row("read from disk", _size(last.disk_read_bytes), _size(total.disk_read_bytes))
+            table.add_row("written to disk", _size(last.disk_written_bytes), _size(total.disk_written_bytes))
+            life = self.drive_life_per_step
+            table.add_row("drive life", "not known (disk.endurance_tb)" if life is None else f"{life:.2e}", "")
         table.add_row("stall", metric(last.stall_seconds, "s"), metric(total.stall_seconds, "s"))
         table.add_row("engine, each unit", metric(self.unit_overhead_us / 1e6, "s"), "")
         return table

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.config import Disk, SuperpipeConfig
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.stage import UpdateStage
+from lightning_superpipe.optimizer.stored import StoredUpdates
+from lightning_superpipe.tiers import Tier
 
 __all__ = ["make_stage"]
 
 
-def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None) -> UpdateStage | None:
-    """Return the stage that splits optimizer steps; None where they stay whole."""
+def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None, tier: Tier) -> UpdateStage | None:
+    """Return the stage that splits optimizer steps; None where they stay whole.
+
+    Args:
+        tier: of the session; updates of what it keeps in files are split in any case.
+    """
     hostile = config.adversary
-    gains_nothing = engine.lanes.shares_memory and hostile is None
+    is_stored = not (tier.part("weights").is_memory and tier.part("states").is_memory)
+    gains_nothing = engine.lanes.shares_memory and hostile is None and not is_stored
     wants_device = config.update_on_device != 0
     at_once = config.update == "at_once" or (config.update == "auto" and gains_nothing and not wants_device)
-    if at_once and masters is None:
+    if at_once and masters is None and not is_stored:
         return None
     device = None
     if wants_device:
@@ -31,4 +38,5 @@ def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None)
         masters=masters,
         in_thread=not at_once,
         device=device,
+        stored=StoredUpdates(tier, (config.disk or Disk()).ring, masters, engine.invalidate) if is_stored else None,
     )

@@ -128,6 +128,27 @@ class Masters:
 
         return step
 
+    def step_on(
+        self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], stand_ins: Sequence[StandIn]
+    ) -> list[dict[str, Any]]:
+        """Run a step on stand-ins, see :func:`stand_ins.step_on`; masters are made where there are none."""
+        states = [dict(each.state) for each in stand_ins]
+        plain = [each for each in stand_ins if not wants_master(each.parameter)]
+        made_plain = iter(step_on(optimizer, groups, plain))
+        mastered: list[StandIn] = []
+        for each, state in zip(stand_ins, states, strict=True):
+            if wants_master(each.parameter):
+                self._complete(optimizer, each.parameter, state)
+                mastered.append(StandIn(each.group, each.parameter, each.gradient, state))
+            else:
+                state.update(next(made_plain))
+        for batch in _batches(mastered):
+            self._step(optimizer, groups, batch)
+        return [
+            {name: value for name, value in state.items() if value is not each.state.get(name)}
+            for each, state in zip(stand_ins, states, strict=True)
+        ]
+
     def _step(self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], batch: Sequence[StandIn]) -> None:
         scratch, start = self._scratch(sum(each.parameter.numel() for each in batch)), 0
 
@@ -141,7 +162,11 @@ class Masters:
 
     def _make(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
         """Make a parameter's master of its value, and its states float32."""
-        state: dict[str, Any] = optimizer.state[parameter]
+        self._complete(optimizer, parameter, optimizer.state[parameter])
+
+    def _complete(self, optimizer: Optimizer, parameter: Tensor, state: dict[str, Any]) -> None:
+        if _is_ready(state):
+            return
         if not self._has_said and _has_run(state):
             self._has_said = True
             warnings.warn(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.engine.pending import Pending, unfenced
@@ -36,20 +36,29 @@ class Part:
     Args:
         narrow: returns the step for some parameters and their gradients of then, see :func:`narrowed`; may be changed
             until they are taken.
+        also: parameters that are written with them, unchanged.
     """
 
     def __init__(
-        self, narrow: Narrow, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]
+        self,
+        narrow: Narrow,
+        optimizer: Optimizer,
+        groups: list[dict[str, Any]],
+        some: Sequence[Member],
+        *,
+        also: Sequence[nn.Parameter] = (),
     ) -> None:
         self.narrow, self.optimizer, self._groups, self.members = narrow, optimizer, groups, some
+        self._also = also
         self._step: Callable[[], None] | None = None
         self._lock = threading.Lock()
 
     def tensors(self) -> list[Tensor]:
         """All that the part reads or writes, but for the gradients."""
-        states = (self.optimizer.state.get(parameter, {}).values() for _, parameter in self.members)
+        parameters = [*(member.parameter for member in self.members), *self._also]
+        states = (self.optimizer.state.get(parameter, {}).values() for parameter in parameters)
         values = [value for state in states for value in state if isinstance(value, Tensor)]
-        return list({id(tensor): tensor for tensor in [*(m.parameter for m in self.members), *values]}.values())
+        return list({id(tensor): tensor for tensor in [*parameters, *values]}.values())
 
     def gradients(self) -> list[Tensor | None]:
         return [member.parameter.grad for member in self.members]

@@ -30,7 +30,18 @@ from torch.optim import (
     Rprop,
 )
 
-__all__ = ["Member", "is_scaled", "is_separable", "keeps_state", "members", "narrowed", "options", "run_for", "step_of"]
+__all__ = [
+    "Member",
+    "is_scaled",
+    "is_separable",
+    "keeps_state",
+    "members",
+    "narrowed",
+    "options",
+    "put_in_order",
+    "run_for",
+    "step_of",
+]
 
 # Exact classes: a subclass may look at all parameters in a `step` of its own.
 _SEPARABLE = (ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, RAdam, RMSprop, Rprop)
@@ -118,3 +129,12 @@ def step_of(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequen
     twin.__dict__ = {**optimizer.__dict__, "param_groups": [part for part in parts if part["params"]], "state": state}
     with torch.no_grad():
         inspect.unwrap(type(optimizer).step)(twin)
+
+
+def put_in_order(optimizer: Optimizer) -> None:
+    """Give states the order in which the optimizer itself makes them: it is that of checkpoints."""
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {parameter: optimizer.state[parameter] for parameter in own if parameter in optimizer.state}
+    others = {key: value for key, value in optimizer.state.items() if key not in states}
+    optimizer.state.clear()
+    optimizer.state.update({**states, **others})

@@ -6,23 +6,39 @@ from dataclasses import replace
 from statistics import fmean
 
 from lightning_superpipe.observe.unit_profile import UnitProfile
-from lightning_superpipe.optimizer.device import DeviceUpdates
+from lightning_superpipe.optimizer.stage import UpdateStage
 from lightning_superpipe.planning.simulate import simulate
 from lightning_superpipe.planning.update_share import UpdateCosts, choose_share
 from lightning_superpipe.planning.workload import Curve
 
-__all__ = ["costs_of", "use_chosen_share"]
+__all__ = ["ShareChoice", "costs_of"]
 
 
-def use_chosen_share(device: DeviceUpdates, profile: UnitProfile, spare_bytes: int | None) -> None:
-    """Set the share that the cost model finds.
+class ShareChoice:
+    """Sets the share that the cost model finds, once.
 
     Args:
-        spare_bytes: of the device, which updates there may take; None for no limit.
+        updates: the stage; None where steps stay whole.
+        is_open: the options leave the share open.
     """
-    costs = costs_of(profile)
-    if costs is not None and (spare_bytes is None or device.need_bytes <= spare_bytes):
-        device.use_share(choose_share(costs))
+
+    def __init__(self, updates: UpdateStage | None, *, is_open: bool) -> None:
+        self._device = updates.device if updates is not None and is_open else None
+
+    def settle(self, profile: UnitProfile | None, spare_bytes: int | None) -> None:
+        """Choose, if all is known by now.
+
+        Args:
+            profile: what was measured under the setting that the run stays with; None while that is open.
+            spare_bytes: of the device, which updates there may take; None for no limit.
+        """
+        device = self._device
+        if device is None or profile is None:
+            return
+        self._device = None
+        costs = costs_of(profile)
+        if costs is not None and (spare_bytes is None or device.need_bytes <= spare_bytes):
+            device.use_share(choose_share(costs))
 
 
 def costs_of(profile: UnitProfile) -> UpdateCosts | None:

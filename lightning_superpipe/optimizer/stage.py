@@ -14,7 +14,7 @@ import random
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,6 +30,7 @@ from lightning_superpipe.engine.pending import Pending, may_be_held, settle_befo
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning
 from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.optimizer.bench import Bench
 from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.parts import Announced, Part
@@ -41,8 +42,10 @@ from lightning_superpipe.optimizer.separable import (
     members,
     narrowed,
     options,
+    put_in_order,
     run_for,
 )
+from lightning_superpipe.optimizer.stored import StoredUpdates
 
 __all__ = ["UpdateStage"]
 
@@ -56,6 +59,7 @@ class UpdateStage:
         masters: runs the parts where parameters have master weights; None where none have.
         in_thread: False: all parts run at once, when the step is asked for.
         device: updates some units on the device; None if all are updated on the host.
+        stored: runs the parts of units that lie in files; None where none do.
 
     Attributes:
         in_thread: parts run in a thread of their own.
@@ -71,8 +75,9 @@ class UpdateStage:
         masters: Masters | None = None,
         in_thread: bool = True,
         device: DeviceUpdates | None = None,
+        stored: StoredUpdates | None = None,
     ) -> None:
-        self._engine = engine
+        self._engine, self._stored = engine, stored
         self._masters, self.in_thread, self.device = masters, in_thread, device
         self._part = partial(Part, narrowed if masters is None else masters.narrowed)
         self._lane = HostLane("superpipe-update")
@@ -116,6 +121,14 @@ class UpdateStage:
                     optimizer.register_load_state_dict_pre_hook(self._settle),
                     *own_hooks,
                 ]
+                if self._stored is not None:
+                    self._hooks[optimizer].append(optimizer.register_load_state_dict_post_hook(self._adopt))
+                    self._adopt(optimizer)
+
+    def _adopt(self, optimizer: Optimizer) -> None:
+        """States were made or loaded: move them into files, where they belong there."""
+        assert self._stored is not None, "asked for only if states may be stored"
+        self._stored.adopt(optimizer, self._units_of(optimizer))
 
     def _note_whole(self, name: str) -> None:
         if self.in_thread and name not in self._whole:
@@ -164,20 +177,48 @@ class UpdateStage:
         everything, groups = members(optimizer), options(optimizer)
         of_units = self._by_unit(everything)
         started = {id(member.parameter) for index in updated for member in of_units.get(index, [])}
+        waiting: list[Unit] = []
         for unit in self._engine.units_by_need():
             if unit.index in updated or not (some := of_units.get(unit.index)):
                 continue
-            part = self._part(optimizer, groups, some)
-            if self._may_start(part):
-                self._start(unit, part, after=Past())
+            part, bench = self._prepare(unit, optimizer, groups, some)
+            may_start = self._may_start(part)
+            if may_start or bench is not None:
+                self._start(unit, part, bench, after=Past())
                 started.update(id(member.parameter) for member in some)
-        # In the optimizer's own order: it is that of new states in checkpoints.
-        rest = [member for member in everything if id(member.parameter) not in started]
-        (run_for if self._masters is None else self._masters.run_for)(optimizer, groups, rest)
+                waiting += [] if may_start else [unit]
+        self._run_rest(optimizer, groups, [member for member in everything if id(member.parameter) not in started])
+        for unit in waiting:
+            unit.settle()
+        if waiting:
+            put_in_order(optimizer)
         self._set_aside[optimizer] = optimizer.param_groups
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._hooks[optimizer][0].id, last=False)
         optimizer.param_groups = []  # given back by the first hook behind the step
+
+    def _prepare(
+        self, unit: Unit, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]
+    ) -> tuple[Part, Bench | None]:
+        """Return a unit's part of a step, and where it works if the unit lies in files."""
+        if self._stored is not None:
+            return self._stored.part(unit, optimizer, groups, some)
+        return self._part(optimizer, groups, some), None
+
+    def _run_rest(self, optimizer: Optimizer, groups: list[dict[str, Any]], rest: Sequence[Member]) -> None:
+        """Run a step at once for what is in no part, in the optimizer's own order: that of states in checkpoints."""
+        run = run_for if self._masters is None else self._masters.run_for
+        if self._stored is None:
+            run(optimizer, groups, rest)
+            return
+        ledger = self._stored.ledger
+        try:
+            with ledger.lock:  # a part that fails undoes this as well
+                ledger.tell()
+                ledger.remember(optimizer, rest)
+                run(optimizer, groups, rest)
+        finally:
+            self._stored.finish()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if (groups := self._set_aside.pop(optimizer, None)) is not None:
@@ -200,53 +241,53 @@ class UpdateStage:
             return False
         return may_be_held([*part.tensors(), *(gradient for gradient in part.gradients() if gradient is not None)])
 
-    def _start(self, unit: Unit, part: Part, *, after: Event) -> None:
+    def _start(self, unit: Unit, part: Part, bench: Bench | None, *, after: Event) -> None:
         """Run a part in the thread, after an event that completes its gradients."""
-        delay, lanes = self._rng.random() * self._max_delay_ms / 1e3, self._engine.lanes
+        self.num_parts += 1
+        delay = self._rng.random() * self._max_delay_ms / 1e3
+        if bench is not None and self._stored is not None:
+            work = partial(self._run, unit.index, delay)
+            unit.pending = self._stored.start(part, bench, work, after=after, done=HostEvent())
+            return
         place = None if self.device is None else self.device.place_for(unit, part)
         done = HostEvent() if place is None else place.ending
         pending = unit.pending = Pending(part.tensors(), done, unit.note_settled)
         if isinstance(after, Past):
             part.take_gradients(pending)
-
-        def update() -> None:
-            time.sleep(delay)
-            with unfenced(), torch.no_grad():
-                start = now()
-                part.run(pending)
-                if is_lent:
-                    self._take_back(unit, part, pending)
-                if lanes.recorder is not None and place is None:
-                    lanes.recorder.span(Lane.HOST, "U", unit.index, start, now())
-
-        self.num_parts += 1
         is_lent = self._announced is not None
         if is_lent:
             self._engine.gradients.homes.lent_until(unit.index, done)
+        update = partial(self._run, unit.index, delay, part, pending, is_lent=is_lent, is_on_host=place is None)
         if self.device is None or place is None:
             self._lane.submit(update, after=after, done=done)
         else:
             self.device.submit(place, update, pending, after=after)
+
+    def _run(
+        self, index: int, delay: float, part: Part, pending: Pending, *, is_lent: bool = False, is_on_host: bool = True
+    ) -> None:
+        lanes = self._engine.lanes
+        time.sleep(delay)
+        with unfenced(), torch.no_grad():
+            start = now()
+            part.run(pending)
+            if is_lent:  # the gradients of the unit are used up
+                pending.let_go(part.gradients())
+                self._engine.gradients.homes.take_back(index, (member.parameter for member in part.members))
+            if lanes.recorder is not None and is_on_host:
+                lanes.recorder.span(Lane.HOST, "U", index, start, now())
 
     # -- in backward
 
     def _may_lend(self, index: int) -> bool:
         """Whether a unit will be updated as soon as its gradients are home, so that nobody needs them afterwards."""
         announced = self._announced
-        if (
-            announced is None
-            or index not in announced.members
-            or index in announced.home
-            or not self._comes_once(index)
-        ):
+        if announced is None or self._stored is not None or index not in announced.members:
+            return False
+        if index in announced.home or not self._comes_once(index):
             return False
         part = self._part(announced.optimizer, announced.groups, announced.members[index])
         return all(each.parameter.grad is None for each in part.members) and self._may_start(part)
-
-    def _take_back(self, unit: Unit, part: Part, pending: Pending) -> None:
-        """The gradients of a unit are used up."""
-        pending.let_go(part.gradients())
-        self._engine.gradients.homes.take_back(unit.index, (member.parameter for member in part.members))
 
     @contextlib.contextmanager
     def announced(self, optimizer: Optimizer) -> Iterator[None]:
@@ -288,6 +329,8 @@ class UpdateStage:
         updated = self._end_announced()
         for index in updated:
             self._engine.units[index].settle()
+        if self._stored is not None and self._stored.abandon():
+            return []
         return [self._engine.units[index].name for index in sorted(updated)]
 
     def suspend(self) -> list[str]:
@@ -325,10 +368,12 @@ class UpdateStage:
         home = announced.home.setdefault(index, Counter())
         home.update(id(parameter) for parameter in parameters)
         is_complete = all(id(member.parameter) in home for member in some) and self._comes_once(index)
-        part = self._part(announced.optimizer, announced.groups, some)
-        if is_complete and self._may_start(part):
+        if not is_complete:
+            return
+        part, bench = self._prepare(unit, announced.optimizer, announced.groups, some)
+        if self._may_start(part):
             announced.updated[index] = part
-            self._start(unit, part, after=landed)
+            self._start(unit, part, bench, after=landed)
 
     def _comes_once(self, index: int) -> bool:
         """Whether a unit's gradients come once in this backward pass.
@@ -348,6 +393,6 @@ class UpdateStage:
             for unit in self._engine.units:
                 unit.settle()
         finally:
-            self._lane.close()
-            if self.device is not None:
-                self.device.close()
+            for each in (self._lane, self.device, self._stored):
+                if each is not None:
+                    each.close()

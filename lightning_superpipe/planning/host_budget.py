@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 from humanize import naturalsize
 
@@ -40,6 +41,36 @@ class HostNeed:
         """
         return self.weights + self.staging + self.gradients + self.states + self.masters
 
+    def with_files(self, kinds: Container[str], *, streamed: int, largest: int, num_buffers: int) -> HostNeed:
+        """What is left in host memory when kinds of bytes live in files.
+
+        Units go there; anchors stay, with their gradients and states. Buffers come in: for units on their way to the
+        device, and for weights and states on their way to their update and back.
+
+        Args:
+            kinds: those in files, of ``"weights"``, ``"states"`` and ``"gradients"``.
+            streamed: bytes of the weights of all units.
+            largest: of the largest unit.
+            num_buffers: of each ring.
+
+        >>> need = HostNeed(weights=100, gradients=100, states=200, held=100)
+        >>> need.with_files({"weights", "states"}, streamed=90, largest=10, num_buffers=3).total
+        250
+        """
+        staying = 1 - streamed / max(self.weights, 1)
+        per_weight = (self.states + self.masters) / max(self.weights, 1)
+        staging, stored = self.staging, {}
+        if "weights" in kinds:
+            stored["weights"] = self.weights - streamed
+            staging += num_buffers * largest
+        if "states" in kinds:
+            stored |= {"states": round(self.states * staying), "masters": round(self.masters * staying)}
+        if "gradients" in kinds:
+            stored["gradients"] = round(self.gradients * staying)
+        if self.gradients and ("weights" in kinds or "states" in kinds):
+            staging += round(num_buffers * largest * (("weights" in kinds) + per_weight * ("states" in kinds)))
+        return replace(self, staging=staging, **stored)
+
     def check(self, *, available: int, limit: int | None) -> None:
         """Raise unless the host can hold it all.
 
@@ -74,7 +105,7 @@ class HostNeed:
 
     def _advice(self) -> str:
         """Name what would take less of the kind that takes most."""
-        ways = ["train fewer parameters (adapters)"]
+        ways = ["train fewer parameters (adapters)", "put weights and states into files (store='disk')"]
         if self.states:
             ways.append("take an optimizer with smaller states (Adafactor, SGD)")
         if self.masters:

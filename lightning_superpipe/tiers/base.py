@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-__all__ = ["Slab", "Tier"]
+__all__ = ["Slab", "StoredSlab", "Tier"]
 
 
 class Slab(ABC):
@@ -26,13 +26,54 @@ class Slab(ABC):
         The tensor has a storage of its own of exactly its bytes: saving it to a file writes no neighbour.
         """
 
+    def note_written(self, num_bytes: int) -> None:
+        """So many bytes have been written to tensors carved from the slab, for those who count."""
+        return
+
     @abstractmethod
     def close(self) -> None:
         """Give back what the device knows of this memory (page locks). Tensors carved from it stay valid."""
 
 
+class StoredSlab(Slab):
+    """A slab that does not lie in memory: ``bytes`` and what is carved from it are paged in when somebody looks.
+
+    The engine's own traffic goes by :meth:`fetch` and :meth:`store`, which block, and leave no pages behind. Nobody may
+    write to the slab's tensors meanwhile.
+
+    Attributes:
+        room_bytes: of the memory that :meth:`fetch` fills, at least ``num_bytes``; it begins at a page.
+    """
+
+    room_bytes: int
+
+    @abstractmethod
+    def fetch(self, target: Tensor) -> None:
+        """Read the whole slab into host memory, shape (room_bytes,), uint8.
+
+        Raises:
+            TransferError: the read failed, or came back short.
+        """
+
+    @abstractmethod
+    def store(self, source: Tensor) -> None:
+        """Replace the whole slab by host memory, shape (room_bytes,), uint8; see :meth:`Tier.commit`.
+
+        Raises:
+            TransferError: the write failed; what the slab holds is as before where the tier can undo.
+        """
+
+
 class Tier(ABC):
-    """An allocator of slabs: host memory today; files or shared memory fit the same calls."""
+    """An allocator of slabs, in host memory or in files; shared memory would fit the same calls.
+
+    Attributes:
+        is_memory: its slabs lie in host memory.
+        can_undo: what was stored since the last :meth:`commit` can be undone.
+    """
+
+    is_memory: bool = True
+    can_undo: bool = False
 
     @abstractmethod
     def allocate(self, num_bytes: int) -> Slab:
@@ -41,6 +82,26 @@ class Tier(ABC):
         Raises:
             BudgetError: the tier has no room for it.
         """
+
+    def reserve(self, num_bytes: int) -> None:
+        """Make sure that so many bytes can be allocated later.
+
+        Raises:
+            BudgetError: the tier has no room for them.
+        """
+        return
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether a tensor shall move here. What the user has put into read-only files may stay there."""
+        return True
+
+    def commit(self) -> None:
+        """What was stored so far stays: a step is finished."""
+        return
+
+    def undo(self) -> None:
+        """Take back all that was stored since the last :meth:`commit`."""
+        return
 
     @abstractmethod
     def part(self, kind: str, *, pin: bool | None = None) -> Tier:
@@ -54,6 +115,11 @@ class Tier(ABC):
     @abstractmethod
     def allocated_bytes(self) -> int:
         """Bytes of the slabs handed out, those of its parts included."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of ``allocated_bytes`` that are host memory."""
+        return self.allocated_bytes
 
     @abstractmethod
     def holds(self, tensor: Tensor) -> bool:

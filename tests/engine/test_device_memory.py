@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_superpipe import SuperpipeStrategy
-from lightning_superpipe.engine.unit import slot_bytes_of
+from lightning_superpipe.engine.layout import slot_bytes_of
 from lightning_superpipe.errors import BudgetError
 from tests.emu import capacity, peak_bytes, reset_peak, used_bytes
 from tests.parity.harness import trainer

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.engine.layout import lay_out, slot_bytes_of
 from lightning_superpipe.engine.slots import ALIGNMENT, storage_key
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
-from lightning_superpipe.engine.unit import Unit, lay_out, slot_bytes_of
+from lightning_superpipe.engine.unit import Unit
 from tests.engine.tiny import CPU, WIDTH, Block, Chain, batches, chain, engine_of, open_engine
 
 

@@ -66,17 +66,20 @@ class Window(NamedTuple):
         k_prime: units per transfer.
         max_delay_ms: copies start up to this much later.
         activations: policy for all units.
+        store: where weights and states live.
     """
 
     k: int
     k_prime: int
     max_delay_ms: float = 0.0
     activations: str = "keep"
+    store: str = "host"
 
     def __str__(self) -> str:
         delay = f"-late{self.max_delay_ms:g}ms" if self.max_delay_ms else ""
         policy = f"-{self.activations}" if self.activations != "keep" else ""
-        return f"k{'all' if self.k == ALL_UNITS else self.k}-kp{self.k_prime}{delay}{policy}"
+        place = f"-{self.store}" if self.store != "host" else ""
+        return f"k{'all' if self.k == ALL_UNITS else self.k}-kp{self.k_prime}{delay}{policy}{place}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,9 @@ def streamed(window: Window, seed: int = 0) -> Strategy:
     from lightning_superpipe.config import Adversary
 
     adversary = Adversary(poison=True, shuffle_slots=True, max_delay_ms=window.max_delay_ms, seed=seed)
-    return SuperpipeStrategy(k=window.k, k_prime=window.k_prime, activations=window.activations, adversary=adversary)
+    return SuperpipeStrategy(
+        k=window.k, k_prime=window.k_prime, activations=window.activations, store=window.store, adversary=adversary
+    )
 
 
 def trainer(device: Device, strategy: Strategy | None = None, **options: Any) -> L.Trainer:

@@ -30,21 +30,21 @@ class Tied(ProbeModule):
         return super().trunk(self.norm(x))
 
 
-def write(device: Device, path: Path, *, stream: bool, **options: Any) -> dict[str, Any]:
+def write(device: Device, path: Path, *, stream: bool, window: Window = WINDOW, **options: Any) -> dict[str, Any]:
     """Train two epochs, save to ``path`` and return what the file holds."""
     L.seed_everything(0, verbose=False)
-    run = trainer(device, streamed(WINDOW) if stream else None, max_epochs=2)
+    run = trainer(device, streamed(window) if stream else None, max_epochs=2)
     run.fit(Tied())
     run.save_checkpoint(path, **options)
     loaded: dict[str, Any] = torch.load(path, weights_only=False, map_location="cpu")
     return loaded
 
 
-def resume(device: Device, path: Path, *, stream: bool) -> Outcome:
+def resume(device: Device, path: Path, *, stream: bool, window: Window = WINDOW) -> Outcome:
     """Train two more epochs from ``path`` in a module that was initialised otherwise."""
     L.seed_everything(1, verbose=False)
     module = Tied()
-    run = trainer(device, streamed(WINDOW) if stream else None, max_epochs=4)
+    run = trainer(device, streamed(window) if stream else None, max_epochs=4)
     run.fit(module, ckpt_path=path, weights_only=False)
     return outcome(module, run)
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_superpipe.config import Disk
 from lightning_superpipe.engine.slots import ALIGNMENT, storage_key
-from lightning_superpipe.tiers import HostTier, Tier
+from lightning_superpipe.tiers import DiskTier, Folder, HostTier, Tier
 
-TIERS: dict[str, Callable[[], Tier]] = {"host": lambda: HostTier(pin=False)}
+
+def disk_tier(folder: Path, with_undo: bool = False) -> Tier:
+    options = Disk(folder=str(folder))
+    return DiskTier("weights", Folder(options), ThreadPoolExecutor(options.requests), options, with_undo=with_undo)
+
+
+TIERS: dict[str, Callable[[Path], Tier]] = {
+    "host": lambda _: HostTier(pin=False),
+    "disk": disk_tier,
+    "disk with undo": partial(disk_tier, with_undo=True),
+}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.int64, torch.bool, torch.uint8]
 
 
 @pytest.fixture(params=list(TIERS))
-def tier(request: pytest.FixtureRequest) -> Iterator[Tier]:
-    tier = TIERS[request.param]()
+def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Tier]:
+    tier = TIERS[request.param](tmp_path)
     yield tier
     tier.close()
 

@@ -1,0 +1,164 @@
+"""Weights and optimizer states in files: a training state beyond a memory limit, disk rates, and the pace of a step.
+
+Run from the repository: ``python experiments/07_disk/bench.py``; Linux, about ten gigabytes of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from limits import remove_group
+from rates import measure
+from safetensors.torch import save_file
+from work import Job, network
+
+from lightning_superpipe.observe.trace import software_versions
+
+HERE = Path(__file__).resolve().parent
+MIB = 2**20
+STAGES = ("limit", "rates", "pace")
+IN_FILES = {"weights": "disk", "states": "disk"}
+ALL_IN_FILES = {**IN_FILES, "gradients": "disk"}
+BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two states, float32
+ROUNDS = 5
+
+
+def write_weights(folder: Path, width: int, blocks: int, seed: int) -> None:
+    """Write the initial weights, a file for each block."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in network(width, 1)[0].named_parameters()}
+    for block in range(blocks):
+        tensors = {f"{block}.{name}": torch.randn(s, generator=generator) * 0.02 for name, s in shapes.items()}
+        save_file(tensors, folder / f"block-{block:03}.safetensors")
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Do a job in a process of its own."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "work.py"), json.dumps(job._asdict())]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, errors = process.communicate()
+    remove_group(process.pid)
+    if process.returncode:
+        raise SystemExit(f"a worker ended with {process.returncode} (-9: killed for its memory): {errors[-2000:]}")
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return found
+
+
+def limit(job: Job, factor: float) -> dict[str, Any]:
+    """Train with a memory limit below the training state, and without files or limit; compare the bits."""
+    state_bytes = BYTES_PER_PARAMETER * 8 * job.width**2 * job.blocks
+    limited = run(job._replace(store=ALL_IN_FILES, limit_bytes=int(state_bytes / factor)))
+    plain = run(job._replace(store=None))
+    sums = limited.pop("sums"), plain.pop("sums")
+    is_equal = sums[0] == sums[1] and limited["losses"] == plain["losses"]
+    return {
+        "state_bytes": state_bytes,
+        "limit_bytes": int(state_bytes / factor),
+        "tensors_compared": len(sums[0]),
+        "is_equal": is_equal,
+        "limited": limited,
+        "plain": plain,
+    }
+
+
+def pace(job: Job, rates: dict[str, list[float]], batches: list[int]) -> list[dict[str, Any]]:
+    """Time steps with files against the same in memory, and against what the disk needs for their bytes."""
+    read, write = (statistics.median(rates[name]) for name in ("plain_read", "plain_write"))
+    rows = []
+    for batch in batches:
+        stored = run(job._replace(store=IN_FILES, batch=batch))
+        plain = run(job._replace(store=None, batch=batch))
+        # The first steps make states and fill caches; the last one's update has nothing to hide under.
+        step, compute = (statistics.median(found["step_seconds"][2:]) for found in (stored, plain))
+        disk = stored["read_bytes"] / read + stored["written_bytes"] / write
+        bound = max(compute, disk)
+        rows.append({"batch": batch, "step_s": step, "compute_s": compute, "disk_s": disk, "over": step / bound})
+    return rows
+
+
+def main() -> None:
+    """Run the stages, show what they give, and write it down if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES)
+    parser.add_argument("--blocks", type=int, default=96, help="of 8 * width ** 2 parameters")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=3, help="of the stage 'limit'")
+    parser.add_argument("--pace-steps", type=int, default=6)
+    parser.add_argument("--batches", type=int, nargs="*", default=[64, 1024], help="of the stage 'pace'")
+    parser.add_argument("--factor", type=float, default=3.0, help="training state over memory limit")
+    parser.add_argument("--folder", type=Path, help="on a disk; a temporary one if left out")
+    parser.add_argument("--out", type=Path, help="folder for the result file, from this script's folder; none if left")
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder, seed = Path(name), 0
+        write_weights(folder / "initial", options.width, options.blocks, seed)
+        job = Job(str(folder / "initial"), None, steps=options.steps, width=options.width, blocks=options.blocks)
+        if "limit" in options.stages:
+            result["limit"] = limit(job, options.factor)
+        if {"rates", "pace"} & set(options.stages):
+            slab_bytes = 4 * 8 * options.width**2
+            result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS)
+        if "pace" in options.stages:
+            result["pace"] = pace(job._replace(steps=options.pace_steps), result["rates"], options.batches)
+    show(result)
+    if options.out is not None:
+        print(save(result, options))
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the figures."""
+    if found := result.get("limit"):
+        for way in ("limited", "plain"):
+            row = found[way]
+            print(
+                f"{way}: own memory {row['own_bytes'] / MIB:.0f} MiB at most, with pages of files "
+                f"{row['resident_bytes'] / MIB:.0f} MiB; limited by {row['limited_by']}"
+            )
+        print(
+            f"training state {found['state_bytes'] / MIB:.0f} MiB, limit {found['limit_bytes'] / MIB:.0f} MiB; "
+            f"{found['tensors_compared']} tensors equal: {found['is_equal']}"
+        )
+    for name, rates in result.get("rates", {}).items():
+        print(f"{name}: {statistics.median(rates) / 1e9:.2f} GB/s ({min(rates) / 1e9:.2f}-{max(rates) / 1e9:.2f})")
+    for row in result.get("pace", []):
+        print(
+            f"batch {row['batch']}: step {row['step_s']:.2f} s, compute {row['compute_s']:.2f} s, "
+            f"disk {row['disk_s']:.2f} s; {row['over']:.2f} times the larger"
+        )
+
+
+def save(result: dict[str, Any], options: argparse.Namespace) -> Path:
+    """Write the numbers and where they come from."""
+    folder: Path = HERE / options.out
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{platform.machine()}-{'-'.join(options.stages)}-{date.today()}.json"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    place = ["--folder", str(options.folder)]  # is this machine's business
+    words = [word for word in sys.argv[1:] if word not in place]
+    content = {
+        "command": " ".join(["python", "experiments/07_disk/bench.py", *words]),
+        "machine": {"cores": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()},
+        "versions": software_versions(),
+        "seed": 0,
+        **result,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main()

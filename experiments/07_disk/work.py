@@ -1,0 +1,146 @@
+"""The network of this experiment, and one process that trains it, with memory to spare or without."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from limits import limit_memory
+
+_PERIOD_S = 5e-3
+
+
+class Job(NamedTuple):
+    """What a process does; its command line as JSON.
+
+    Attributes:
+        folder: of the initial weights.
+        store: of the weights and optimizer states; None trains without this package.
+        limit_bytes: of memory; 0 for none.
+        batch: rows.
+    """
+
+    folder: str
+    store: Any
+    limit_bytes: int = 0
+    steps: int = 3
+    batch: int = 16
+    width: int = 512
+    blocks: int = 96
+    seed: int = 0
+    update: str = "auto"
+
+
+class Watch:
+    """Largest resident memory of this process, sampled: its own pages, and with pages of files."""
+
+    def __init__(self) -> None:
+        self.peak_own_bytes = self.peak_resident_bytes = 0
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            sizes = {name: int(size.split()[0]) * 1024 for name, size in _status()}
+            self.peak_own_bytes = max(self.peak_own_bytes, sizes["RssAnon"])
+            self.peak_resident_bytes = max(self.peak_resident_bytes, sizes["VmRSS"])
+            time.sleep(_PERIOD_S)
+
+
+def _status() -> Iterator[tuple[str, str]]:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.startswith(("Rss", "VmRSS")):
+            yield name, value
+
+
+def network(width: int, blocks: int) -> Any:
+    """Blocks of two matrices, 8 * width ** 2 parameters each; each adds to what went in."""
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+        def forward(self, x: Any) -> Any:
+            return x + self.down(F.gelu(self.up(x)))
+
+    return nn.Sequential(*(Block() for _ in range(blocks)))
+
+
+def train(job: Job) -> dict[str, Any]:
+    """Train, and return what came of it and what it took."""
+    import torch
+
+    from lightning_superpipe import attach, map_safetensors
+
+    torch.set_num_threads(1)
+    with torch.device("meta"):
+        model = network(job.width, job.blocks)
+    weights = map_safetensors(job.folder)
+    if job.store is None:
+        weights = {name: value.clone() for name, value in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    del weights
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    generator = torch.Generator().manual_seed(job.seed)
+    pipe = None
+    if job.store is not None:
+        pipe = attach(model, optimizer, device="cpu", k=2, store=job.store, update=job.update)
+    losses, seconds = [], []
+    for _ in range(job.steps):
+        start = time.perf_counter()
+        loss = model(torch.randn(job.batch, job.width, generator=generator)).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    found: dict[str, Any] = {"losses": losses, "step_seconds": seconds}
+    if pipe is not None:
+        report = pipe.report()
+        found |= {"read_bytes": report.last_step.disk_read_bytes, "written_bytes": report.last_step.disk_written_bytes}
+        found |= {"stall_seconds": report.last_step.stall_seconds}
+    found["sums"] = [_sum(value) for value in _tensors(model, optimizer)]
+    if pipe is not None:
+        pipe.close()
+    return found
+
+
+def _tensors(model: Any, optimizer: Any) -> Iterator[Any]:
+    for parameter in model.parameters():
+        yield parameter.detach()
+        yield from optimizer.state[parameter].values()
+
+
+def _sum(tensor: Any) -> int:
+    """A checksum of a tensor's bytes: equal ones, over all tensors, are taken for equal bits."""
+    return zlib.crc32(tensor.reshape(-1).view(dtype=_byte()).numpy())
+
+
+def _byte() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def main() -> None:
+    """Do the job of the command line."""
+    job = Job(**json.loads(sys.argv[1]))
+    by = limit_memory(job.limit_bytes) if job.limit_bytes else "none"  # before anything large is imported
+    watch = Watch()
+    found = train(job)
+    peaks = {"own_bytes": watch.peak_own_bytes, "resident_bytes": watch.peak_resident_bytes}
+    print(json.dumps({**found, **peaks, "limited_by": by}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Homes of optimizer states in files: a slab for each unit and optimizer; the state tensors stay the user's objects."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.slots import ALIGNMENT, storage_use_count
+from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.tiers import StoredSlab, Tier, trim_heap
+
+__all__ = ["StateHomes"]
+
+_LONE_USES = 3  # its own, that of the list it is looked at in, and that of whoever asks
+_Layout = tuple[tuple[int, str, int], ...]
+
+
+class _Home(NamedTuple):
+    """A slab, and what was laid out in it: parameter, name and bytes of each state, in order."""
+
+    slab: StoredSlab
+    layout: _Layout
+
+
+class StateHomes:
+    """Moves states into files, and says where they lie."""
+
+    def __init__(self, tier: Tier) -> None:
+        self._tier = tier
+        self._homes: WeakKeyDictionary[Optimizer, dict[int, _Home]] = WeakKeyDictionary()
+
+    def slab(self, unit: Unit, optimizer: Optimizer) -> StoredSlab | None:
+        """The states of a unit's parameters in one optimizer; None where none are in files."""
+        home = self._homes.get(optimizer, {}).get(unit.index)
+        return None if home is None else home.slab
+
+    def adopt(self, unit: Unit, optimizer: Optimizer) -> None:
+        """Move the states of a unit's parameters into its slab, as far as they are not there: made or loaded anew.
+
+        The slab holds theirs alone. The states of a parameter that has left the unit keep the old one for themselves.
+        """
+        with raw_tensors():
+            found = [
+                (id(parameter), name, value)
+                for parameter in unit.parameters
+                if parameter in optimizer.state
+                for name, value in optimizer.state[parameter].items()
+                if isinstance(value, Tensor) and _is_movable(value)
+            ]
+            if not found:
+                return
+            layout = tuple((key, name, value.nbytes) for key, name, value in found)
+            homes = self._homes.setdefault(optimizer, {})
+            home = homes.get(unit.index)
+            if home is None or home.layout != layout:
+                slab = self._tier.allocate(sum(_aligned(size) for *_, size in layout))
+                assert isinstance(slab, StoredSlab), "homes are for files"
+                home = homes[unit.index] = _Home(slab, layout)
+            if _move(home.slab, [value for *_, value in found]):
+                trim_heap()  # a first step would hold the states of all units otherwise
+
+
+def _move(slab: StoredSlab, tensors: list[Tensor]) -> int:
+    """Move tensors into a slab; return how many were elsewhere."""
+    offset = num_moved = 0
+    for tensor in tensors:
+        if tensor.data_ptr() != slab.bytes.data_ptr() + offset:
+            tensor.data = slab.carve(offset, tensor).copy_(tensor)
+            slab.note_written(tensor.nbytes)
+            num_moved += 1
+        offset += _aligned(tensor.nbytes)
+    return num_moved
+
+
+def _is_movable(value: Tensor) -> bool:
+    """Whether a state belongs into files: it is worth it, and nobody shares its memory."""
+    return (
+        value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.numel() > 1
+        and storage_use_count(value) <= _LONE_USES
+    )
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,94 @@
+"""What a training step asks of a disk: bytes read and written, the drive's life they cost, and when units arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from humanize import naturalsize
+
+from lightning_superpipe.planning.workload import Curve
+
+__all__ = ["DiskWork", "StoredUnit", "arrivals", "disk_work"]
+
+_TERA = 1e12
+
+
+@dataclass(frozen=True)
+class StoredUnit:
+    """A unit's bytes in files.
+
+    Attributes:
+        weight_bytes: read before each load.
+        state_bytes: read by each update.
+        is_updated: its update reads and writes weights and states; frozen units are only read.
+    """
+
+    weight_bytes: int = 0
+    state_bytes: int = 0
+    is_updated: bool = True
+
+
+@dataclass(frozen=True)
+class DiskWork:
+    """Bytes that one step moves.
+
+    >>> str(DiskWork(read_bytes=3 << 30, written_bytes=2 << 30))
+    '3.0 GiB read and 2.0 GiB written in each step'
+    """
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+    def life(self, endurance_tb: float) -> float:
+        """Return the share of the drive's life that one step costs.
+
+        Args:
+            endurance_tb: what may be written in its life, 10^12 bytes.
+
+        >>> DiskWork(written_bytes=6_000_000_000).life(600)
+        1e-05
+        """
+        return self.written_bytes / (endurance_tb * _TERA)
+
+    def __str__(self) -> str:
+        read, written = (naturalsize(size, binary=True) for size in (self.read_bytes, self.written_bytes))
+        return f"{read} read and {written} written in each step"
+
+
+def disk_work(loads: Iterable[int], units: Sequence[StoredUnit]) -> DiskWork:
+    """Return what a step moves.
+
+    Args:
+        loads: each unit that the plan loads, as often as it does.
+        units: by their index.
+
+    >>> disk_work([0, 1, 0], [StoredUnit(4, 8), StoredUnit(4, 0, is_updated=False)])
+    DiskWork(read_bytes=24, written_bytes=12)
+    """
+    updated = sum(unit.weight_bytes + unit.state_bytes for unit in units if unit.is_updated)
+    return DiskWork(sum(units[index].weight_bytes for index in loads) + updated, updated)
+
+
+def arrivals(sizes: Sequence[int], *, read: Curve, copy: Curve, num_buffers: int) -> list[float]:
+    """Return when each of a row of units arrives on the device, in seconds from the start of the first read.
+
+    Two hops: one read at a time into a buffer, one copy at a time out of it; a buffer is free when its copy is over.
+    With two buffers or more the slower hop alone sets the pace.
+
+    Args:
+        sizes: bytes of the units, in the order of the plan.
+        num_buffers: of the ring between the hops.
+
+    >>> steady = dict(read=Curve.steady(1e9), copy=Curve.steady(4e9))
+    >>> [round(at, 2) for at in arrivals([10**9] * 3, **steady, num_buffers=2)]
+    [1.25, 2.25, 3.25]
+    >>> [round(at, 2) for at in arrivals([10**9] * 3, **steady, num_buffers=1)]
+    [1.25, 2.5, 3.75]
+    """
+    read_end, copy_ends = 0.0, list[float]()
+    for index, size in enumerate(sizes):
+        free = copy_ends[index - num_buffers] if index >= num_buffers else 0.0
+        read_end = max(read_end, free) + read.seconds(size)
+        copy_ends.append(max(read_end, copy_ends[-1] if copy_ends else 0.0) + copy.seconds(size))
+    return copy_ends

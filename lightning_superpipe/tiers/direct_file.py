@@ -1,0 +1,158 @@
+"""One file that grows by whole regions, read and written past the page cache where the file system allows that."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from torch import Tensor
+
+__all__ = ["BLOCK", "DirectFile", "padded"]
+
+BLOCK = 4096
+"""Bytes; regions, requests and the memory they use begin and end at multiples: drives and pages ask for it."""
+
+# Bytes of one request: with a few of them under way a drive gives all it has, and each is small beside a unit.
+_REQUEST = 4 << 20
+
+
+def padded(num_bytes: int) -> int:
+    """Return the bytes of the region that holds so many.
+
+    >>> padded(1), padded(4096), padded(0)
+    (4096, 4096, 0)
+    """
+    return -(-num_bytes // BLOCK) * BLOCK
+
+
+class DirectFile:
+    """A file made of regions.
+
+    Args:
+        path: must not exist.
+        pool: runs the requests.
+        is_named: keep the name; otherwise the file loses it at once, and the system frees its bytes as soon as nobody
+            uses them, however the process ends.
+
+    Attributes:
+        is_direct: reads and writes go past the page cache.
+        num_read_bytes, num_written_bytes: by requests.
+        descriptor: for mappings.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path, pool: ThreadPoolExecutor, *, is_named: bool) -> None:
+        self.path, self._pool = path, pool
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        direct = _open_direct(path)
+        self.is_direct = direct is not None
+        self._io = self.descriptor if direct is None else direct
+        if not is_named:
+            path.unlink()
+        self._is_open = True
+        self.size = self._end = 0
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
+        self._lock = threading.Lock()
+        self.num_read_bytes = self.num_written_bytes = 0
+
+    def grow(self, num_bytes: int) -> None:
+        """Take so many bytes of the disk beyond those that regions use.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        missing = self._end + num_bytes - self.size
+        if missing > 0:
+            os.posix_fallocate(self.descriptor, self.size, missing)
+            self.size += missing
+
+    def region(self, num_bytes: int) -> int:
+        """Return the offset of a region of ``padded(num_bytes)`` bytes that nobody else has.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        size = padded(num_bytes)
+        with self._lock:
+            if self._free[size]:
+                return self._free[size].pop()
+            self.grow(size)
+            offset, self._end = self._end, self._end + size
+            return offset
+
+    def give_back(self, offset: int, num_bytes: int) -> None:
+        """Let a region be used again."""
+        with self._lock:
+            self._free[padded(num_bytes)].append(offset)
+
+    def read(self, offset: int, target: Tensor) -> None:
+        """Fill host memory from the file, several requests at once; blocks.
+
+        Args:
+            target: shape (a multiple of BLOCK,), uint8, beginning at a page.
+
+        Raises:
+            OSError: a request failed or the file ends too early.
+        """
+        self._run(_read_all, offset, target)
+        self.num_read_bytes += target.numel()
+
+    def write(self, offset: int, source: Tensor) -> None:
+        """Write host memory to the file; as :meth:`read`."""
+        self._run(_write_all, offset, source)
+        self.num_written_bytes += source.numel()
+
+    def _run(self, request: Callable[[int, memoryview, int], None], offset: int, memory: Tensor) -> None:
+        view = memoryview(memory.numpy())  # type: ignore[arg-type]  # arrays are buffers
+        parts = [(view[start : start + _REQUEST], offset + start) for start in range(0, len(view), _REQUEST)]
+        jobs: list[Future[None]] = [self._pool.submit(request, self._io, *part) for part in parts]
+        errors = [error for job in jobs if (error := job.exception()) is not None]  # none is under way any more
+        if not self.is_direct:
+            os.posix_fadvise(self._io, offset, len(view), os.POSIX_FADV_DONTNEED)
+        if errors:
+            raise errors[0]
+
+    def go_through_cache(self) -> None:
+        """Leave direct requests alone from now on."""
+        os.close(self._io)
+        self._io, self.is_direct = self.descriptor, False
+
+    def close(self) -> None:
+        """Close the file; mappings stay. Closing twice does no harm."""
+        for descriptor in {self._io, self.descriptor} if self._is_open else ():
+            os.close(descriptor)
+        self._is_open = False
+
+
+def _open_direct(path: Path) -> int | None:
+    """Open a file past the page cache; None where the file system has no such thing."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+    except (AttributeError, OSError):  # other systems; tmpfs and some network file systems
+        return None
+
+
+def _read_all(descriptor: int, memory: memoryview, offset: int) -> None:
+    _transfer(os.preadv, descriptor, memory, offset)
+
+
+def _write_all(descriptor: int, memory: memoryview, offset: int) -> None:
+    _transfer(os.pwritev, descriptor, memory, offset)
+
+
+def _transfer(
+    call: Callable[[int, list[memoryview], int], int], descriptor: int, memory: memoryview, offset: int
+) -> None:
+    done = 0
+    while done < len(memory):
+        num_bytes = call(descriptor, [memory[done:]], offset + done)
+        done += num_bytes
+        if num_bytes <= 0 or (done < len(memory) and done % BLOCK):
+            raise OSError(errno.EIO, f"only {done} of {len(memory)} bytes at offset {offset} were transferred")

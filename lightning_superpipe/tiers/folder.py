@@ -1,0 +1,144 @@
+"""The folder of a disk tier: where it is, who may use it, and how much room it has."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from humanize import naturalsize
+
+from lightning_superpipe.config import Disk
+from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
+
+__all__ = ["MANIFEST", "Folder"]
+
+MANIFEST = "manifest.json"
+_LOCK = "lock"
+_SUFFIX = ".bytes"
+_IN_MEMORY = ("tmpfs", "ramfs")
+
+
+class _Mount(NamedTuple):
+    kind: str
+    point: str
+
+
+class Folder:
+    """A folder that one run uses at a time.
+
+    Args:
+        options: ``folder`` and ``keep`` say where, and whether anything stays.
+
+    Attributes:
+        path: it exists and is locked.
+        keeps: something stays in it.
+
+    Raises:
+        UnsupportedError: another run uses it, it holds what a run has kept, or nothing can be written there.
+    """
+
+    def __init__(self, options: Disk) -> None:
+        self._is_own = options.folder is None
+        self.keeps = options.keep
+        self.path = _own_folder() if options.folder is None else Path(options.folder).expanduser()
+        try:
+            self._has_made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise UnsupportedError(
+                f"the disk store cannot use the folder {str(self.path)!r}: {error.strerror}. Choose another "
+                "disk.folder."
+            ) from error
+        try:
+            self._take()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        if options.folder is not None and (kind := _mount_of(self.path).kind) in _IN_MEMORY:
+            warnings.warn(
+                f"disk.folder={options.folder!r} is on {kind}, which is memory itself: nothing is saved. Choose a "
+                "folder on a disk.",
+                SuperpipeWarning,
+                stacklevel=2,
+            )
+
+    def _take(self) -> None:
+        """Lock the folder, and clear away what a killed run has left."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise UnsupportedError(
+                f"the folder {str(self.path)!r} is in use by another run (process {holder}): two would write over each "
+                "other. Wait for its end, or choose another disk.folder."
+            ) from error
+        if (self.path / MANIFEST).exists():
+            raise UnsupportedError(
+                f"the folder {str(self.path)!r} holds weights and states that a run has kept: open them with "
+                f"lightning_superpipe.open_kept, then remove the folder or choose another disk.folder."
+            )
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+        for left in self.path.glob(f"*{_SUFFIX}"):  # no manifest: a run that was killed; nobody can tell what is whole
+            left.unlink()
+
+    def file(self, kind: str) -> Path:
+        """Return the path of a kind's file."""
+        return self.path / f"{kind}{_SUFFIX}"
+
+    def require(self, num_bytes: int) -> None:
+        """Raise unless the disk has so many bytes left.
+
+        Raises:
+            BudgetError: with the numbers.
+        """
+        free = shutil.disk_usage(self.path).free
+        if num_bytes > free:
+            raise self.full(num_bytes)
+
+    def full(self, num_bytes: int) -> BudgetError:
+        """Return the error that the disk has no room for so many bytes."""
+        free = shutil.disk_usage(self.path).free
+        return BudgetError(
+            f"the disk store needs {_size(num_bytes)} more in {str(self.path)!r}, and the disk has {_size(free)} left. "
+            "Make room, choose a disk.folder on a larger disk, put fewer kinds there (store={'states': 'disk'}), or "
+            "set disk.undo=False, which halves the need."
+        )
+
+    def close(self) -> None:
+        """Unlock the folder, and remove it unless something is kept or somebody else made it."""
+        if not self.keeps:
+            (self.path / _LOCK).unlink(missing_ok=True)
+            if self._has_made or self._is_own:
+                with contextlib.suppress(OSError):  # somebody has put files of theirs there
+                    self.path.rmdir()
+        os.close(self._lock)
+
+
+def _own_folder() -> Path:
+    """A new folder on a real disk."""
+    temporary = Path(tempfile.gettempdir())
+    if _mount_of(temporary).kind in _IN_MEMORY:
+        temporary = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_superpipe"
+        temporary.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="superpipe-", dir=temporary))
+
+
+def _mount_of(path: Path) -> _Mount:
+    """The file system that a path is on."""
+    place = str(path.absolute())
+    mounts = [_Mount(each.fstype, each.mountpoint) for each in psutil.disk_partitions(all=True)]
+    around = [each for each in mounts if Path(place).is_relative_to(each.point)]
+    return max(around, key=lambda each: len(each.point), default=_Mount("", "/"))
+
+
+def _size(num_bytes: int) -> str:
+    return f"{naturalsize(num_bytes, binary=True)} ({num_bytes} bytes)"

@@ -1,0 +1,1 @@
+"""Training with weights and states in files, through a loop in plain PyTorch."""

@@ -1,0 +1,153 @@
+"""A read or a write that fails stops the step with the unit's name; the step is undone, and training goes on.
+
+Errors are injected below everything of ours: in the system calls.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_superpipe import attach
+from lightning_superpipe.errors import TransferError
+from tests.disk.loops import Left, left, make, step
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Patch = pytest.MonkeyPatch
+NUM_GOOD, NUM_ALL = 3, 6
+
+
+class Fault:
+    """Makes one system call after so many others raise, or come back short; from then on nothing fails."""
+
+    def __init__(self, name: str, after: int, *, is_short: bool = False) -> None:
+        self._call: Callable[..., int] = getattr(os, name)
+        self._left, self._is_short, self._lock = after, is_short, threading.Lock()
+        self.has_struck = False
+
+    def __call__(self, descriptor: int, buffers: list[Any], offset: int) -> int:
+        with self._lock:
+            self._left -= 1
+            strikes = self._left == -1
+        if strikes:
+            self.has_struck = True
+            if self._is_short:
+                return self._call(descriptor, [buffers[0][:512]], offset)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._call(descriptor, buffers, offset)
+
+
+def reference() -> list[Left]:
+    """What the ordinary run holds after each number of steps."""
+    model, optimizer = make()
+    found = [left(model, optimizer)]
+    for number in range(NUM_ALL):
+        step(model, optimizer, number)
+        found.append(left(model, optimizer))
+    return found
+
+
+def finished(expected: list[Left], model: nn.Module, optimizer: torch.optim.Optimizer) -> int | None:
+    """The number of steps after which the ordinary run holds just this; None if it never does."""
+    now = left(model, optimizer)
+    return next((number for number, state in enumerate(expected) if state.equals(now)), None)
+
+
+@pytest.mark.parametrize("update", ["at_once", "after_backward"])
+@pytest.mark.parametrize("after", [0, 1, 4, 7, 11])
+@pytest.mark.parametrize(
+    ("name", "is_short"), [("pwritev", False), ("pwritev", True), ("preadv", False), ("preadv", True)]
+)
+def test_failed_step_is_undone_and_training_goes_on_bit_for_bit(
+    name: str, is_short: bool, after: int, update: str, monkeypatch: Patch
+) -> None:
+    expected = reference()
+    model, optimizer = make()
+    pipe = attach(model, optimizer, device="cpu", k=2, store="disk", update=update)
+    for number in range(NUM_GOOD):
+        step(model, optimizer, number)
+    assert finished(expected, model, optimizer) == NUM_GOOD  # which waits for all that is under way
+    fault = Fault(name, after, is_short=is_short)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, fault)
+        with pytest.raises(TransferError, match=r"unit 'blocks\.\d'"):
+            for number in range(NUM_GOOD, NUM_ALL):
+                step(model, optimizer, number)
+    assert fault.has_struck
+    optimizer.zero_grad()
+    at = finished(expected, model, optimizer)
+    assert at is not None, "weights and states are not those of a finished step"
+    for number in range(at, NUM_ALL):
+        step(model, optimizer, number)
+    assert finished(expected, model, optimizer) == NUM_ALL
+    pipe.close()
+    assert finished(expected, model, optimizer) == NUM_ALL
+
+
+def test_first_step_is_undone_with_the_states_that_it_made(monkeypatch: Patch) -> None:
+    model, optimizer = make()
+    before = left(model, optimizer)
+    with attach(model, optimizer, device="cpu", k=2, store="disk"):
+        with monkeypatch.context() as patched, pytest.raises(TransferError, match="has been undone"):
+            patched.setattr(os, "pwritev", Fault("pwritev", 3))
+            step(model, optimizer, 0)
+        assert left(model, optimizer).equals(before)
+        optimizer.zero_grad()
+        assert finished(reference(), model, optimizer) == 0
+        step(model, optimizer, 0)
+        assert finished(reference(), model, optimizer) == 1
+
+
+def test_without_undo_the_message_says_that_weights_are_mixed(monkeypatch: Patch) -> None:
+    model, optimizer = make()
+    with attach(model, optimizer, device="cpu", k=2, store="disk", disk={"undo": False}, update="at_once"):
+        step(model, optimizer, 0)
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(TransferError, match="not those of a finished step") as told,
+        ):
+            patched.setattr(os, "pwritev", Fault("pwritev", 3))
+            step(model, optimizer, 1)
+    assert "last checkpoint" in str(told.value)
+    assert finished(reference(), model, optimizer) is None
+
+
+def test_failure_that_nobody_has_met_is_told_at_the_end(monkeypatch: Patch) -> None:
+    expected = reference()
+    model, optimizer = make()
+    pipe = attach(model, optimizer, device="cpu", k=2, store="disk", update="after_backward")
+    step(model, optimizer, 0)
+    step(model, optimizer, 1)
+    finished(expected, model, optimizer)
+    with monkeypatch.context() as patched, pytest.raises(TransferError, match="undone"):
+        patched.setattr(os, "pwritev", Fault("pwritev", 5))
+        step(model, optimizer, 2)
+        pipe.close()
+    assert finished(expected, model, optimizer) == 2
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_disk_without_room_is_refused_before_training(is_full: bool, tmp_path: Path, monkeypatch: Patch) -> None:
+    from lightning_superpipe.errors import BudgetError
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model, optimizer = make()
+    if is_full:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(BudgetError, match=r"needs .* more in .*disk has"):
+        attach(model, optimizer, device="cpu", k=2, store="disk", disk={"folder": str(tmp_path / "store")})
+    monkeypatch.undo()
+    with attach(model, optimizer, device="cpu", k=2, store="disk", disk={"folder": str(tmp_path / "store")}):
+        step(model, optimizer, 0)
