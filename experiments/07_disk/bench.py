@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of the stage 'limit'")
     parser.add_argument("--pace-steps", type=int, default=6)
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 1024], help="of the stage 'pace'")
+    parser.add_argument("--trainer", action="store_true", help="stage 'pace' in Lightning's Trainer")
     parser.add_argument("--factor", type=float, default=3.0, help="training state over memory limit")
     parser.add_argument("--folder", type=Path, help="on a disk; a temporary one if left out")
     parser.add_argument("--out", type=Path, help="folder for the result file, from this script's folder; none if left")
@@ -113,7 +114,9 @@ def main() -> None:
             slab_bytes = 4 * 8 * options.width**2
             result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS)
         if "pace" in options.stages:
-            result["pace"] = pace(job._replace(steps=options.pace_steps), result["rates"], options.batches)
+            result["pace"] = pace(
+                job._replace(steps=options.pace_steps, with_trainer=options.trainer), result["rates"], options.batches
+            )
     show(result)
     if options.out is not None:
         print(save(result, options))

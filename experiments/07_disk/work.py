@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ class Job(NamedTuple):
         store: of the weights and optimizer states; None trains without this package.
         limit_bytes: of memory; 0 for none.
         batch: rows.
+        with_trainer: by Lightning's Trainer, which lets units be updated in backward; else by a loop in plain PyTorch.
     """
 
     folder: str
@@ -35,6 +37,7 @@ class Job(NamedTuple):
     blocks: int = 96
     seed: int = 0
     update: str = "auto"
+    with_trainer: bool = False
 
 
 class Watch:
@@ -115,6 +118,44 @@ def train(job: Job) -> dict[str, Any]:
     return found
 
 
+def train_by_trainer(job: Job) -> dict[str, Any]:
+    """Train in Lightning's Trainer; return the pace and the bytes of a step."""
+    import lightning as L
+    import torch
+
+    from lightning_superpipe import SuperpipeStrategy, map_safetensors
+
+    torch.set_num_threads(1)
+    with torch.device("meta"):
+        net = network(job.width, job.blocks)
+    weights = map_safetensors(job.folder)
+    net.load_state_dict({name: value.clone() for name, value in weights.items()}, assign=True)
+    starts: list[float] = []
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net.requires_grad_(True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            starts.append(time.perf_counter())
+            return self.net(batch).pow(2).mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+
+    strategy: Any = "auto" if job.store is None else SuperpipeStrategy(k=2, store=job.store, update=job.update)
+    batches = list(torch.randn(job.steps, job.batch, job.width))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    run = L.Trainer(max_epochs=1, accelerator="cpu", strategy=strategy, enable_model_summary=False, **quiet)
+    run.fit(Module(), torch.utils.data.DataLoader(batches, batch_size=None))
+    found: dict[str, Any] = {"step_seconds": [end - start for start, end in pairwise(starts)]}
+    if job.store is not None:
+        report = strategy.report()
+        found |= {"read_bytes": report.last_step.disk_read_bytes, "written_bytes": report.last_step.disk_written_bytes}
+    return found
+
+
 def _tensors(model: Any, optimizer: Any) -> Iterator[Any]:
     for parameter in model.parameters():
         yield parameter.detach()
@@ -137,7 +178,7 @@ def main() -> None:
     job = Job(**json.loads(sys.argv[1]))
     by = limit_memory(job.limit_bytes) if job.limit_bytes else "none"  # before anything large is imported
     watch = Watch()
-    found = train(job)
+    found = train_by_trainer(job) if job.with_trainer else train(job)
     peaks = {"own_bytes": watch.peak_own_bytes, "resident_bytes": watch.peak_resident_bytes}
     print(json.dumps({**found, **peaks, "limited_by": by}))
 

@@ -20,7 +20,7 @@ from tests.disk.loops import Left, left, make, step
 pytestmark = pytest.mark.filterwarnings("ignore")
 CONTEXT = multiprocessing.get_context("forkserver")  # a copy of a process with threads may hang
 CONTEXT.set_forkserver_preload([__name__])
-NUM_KILLS, NUM_STEPS, MAX_WAIT_S = 20, 300, 0.4
+NUM_KILLS, NUM_STEPS, MAX_WAIT_S = 20, 5000, 0.4
 
 
 def options(folder: Path, *, keep: bool) -> dict[str, Any]:
