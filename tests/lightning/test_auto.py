@@ -17,10 +17,11 @@ from lightning_superpipe import Link, SuperpipeStrategy, attach
 from lightning_superpipe.config import Adversary
 from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning
 from lightning_superpipe.planning.choose import Choice
+from lightning_superpipe.planning.prediction import DeviceBytes
 from lightning_superpipe.planning.workload import Setting
 from tests.engine.tiny import Result, batches, chain, is_equal, train
 from tests.parity.harness import assert_equal, run_case, trainer
-from tests.parity.probe import ParityCase, ProbeModule
+from tests.parity.probe import ParityCase, ProbeModule, fixed_batches
 
 NUM_BLOCKS, NUM_STEPS, WIDTH = 8, 12, 64
 HOSTILE = Adversary(poison=True, shuffle_slots=True, max_delay_ms=1.0)
@@ -93,38 +94,39 @@ def test_one_knob_is_kept_and_the_others_are_chosen(plain: Result, options: dict
     result, report, _ = run(device_memory="1GiB", **options)
     assert is_equal(result, plain) and report.plan
     assert report.k == options.get("k", report.k)
-    if "k" in options:
-        assert report.num_resident == NUM_BLOCKS - 2  # room for all
     if "activations" in options:
         assert "recompute theirs" in report.plan
 
 
-def test_said_in_three_lines(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        strategy = SuperpipeStrategy(device_memory="1GiB", link=Link())
-        trainer("cpu", strategy, max_epochs=6).fit(ProbeModule())
-    said = [record.getMessage() for record in caplog.records if "predicted: " in record.getMessage()]
-    assert said[-1] == f"superpipe: {strategy.report().plan}"
-    assert all(len(each.splitlines()) == 3 for each in said)
+def test_said_in_three_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(SuperpipeStrategy, "_tell", said.append)
+    strategy = SuperpipeStrategy(device_memory="1GiB", link=Link())
+    trainer("cpu", strategy, max_epochs=6).fit(ProbeModule())
+    plans = [each for each in said if "predicted: " in each]
+    assert plans[-1] == f"superpipe: {strategy.report().plan}"
+    assert all(len(each.splitlines()) == 3 for each in plans)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("emu", marks=pytest.mark.emu)])
 @pytest.mark.parametrize("options", [{}, {"device_memory": "1MiB"}, {"device_memory": "60KiB"}])
 def test_a_trainer_that_chooses_equals_the_ordinary_one(device: Any, options: dict[str, Any]) -> None:
-    case = ParityCase("auto", "plans change in mid-run", ProbeModule, options={"max_epochs": 6})
+    case = ParityCase("auto", "plans change in mid-run", ProbeModule, options={"max_epochs": 6}, stages=("fit",))
     strategy = SuperpipeStrategy(adversary=HOSTILE, **options)
     assert_equal(run_case(case, device, strategy), run_case(case, device))
     assert strategy.report().plan
 
 
 def promising(plans: list[Setting], share: float) -> Callable[..., Choice]:
-    """A choice that goes through plans and promises a share of the time that they will take."""
+    """A choice that goes through plans and promises a share of what they will take."""
     choose, given = lightning_superpipe.tuning.choose, iter(plans)
 
     def chosen(*arguments: Any) -> Choice:
         found = choose(*arguments)
         setting = next(given, plans[-1])
-        told = replace(found.prediction, step_s=share * found.prediction.step_s)
+        told = replace(
+            found.prediction, step_s=share * found.prediction.step_s, peak=DeviceBytes(slots=int(share * 2**30))
+        )
         return replace(found, setting=replace(setting, update=found.setting.update), prediction=told)
 
     return chosen
@@ -134,7 +136,7 @@ def test_a_plan_that_misses_is_replaced_a_few_times_then_the_fastest_stays(
     plain: Result, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plans = [Setting(k, 1) for k in (1, 2, 4, 5, 6, 7)]
-    monkeypatch.setattr(lightning_superpipe.tuning, "choose", promising(plans, share=1e-3))
+    monkeypatch.setattr(lightning_superpipe.tuning, "choose", promising(plans, share=2**-20))
     module = chain(NUM_BLOCKS, width=WIDTH, dropout=0.2)
     many = inputs(40)
     with caplog.at_level("INFO"), attach(module, device="cpu", link=Link()) as pipe:
@@ -145,14 +147,15 @@ def test_a_plan_that_misses_is_replaced_a_few_times_then_the_fastest_stays(
     assert list(seconds) == [3, 1, 2, 4]
     assert is_equal(result, train(chain(NUM_BLOCKS, width=WIDTH, dropout=0.2), many))
     said = [record.getMessage() for record in caplog.records]
-    misses = [each for each in said if re.search(r"a step takes [\d.]+ ms, [\d.e-]+ were predicted", each)]
+    # Times of three steps may differ by more than they take; bytes do not.
+    misses = [each for each in said if re.search(r"it takes [\d.]+ \w+ on the device, 1.0 KiB were predicted", each)]
     assert len(misses) == 3
     assert "the fastest of 4 plans" in said[-1]
 
 
 def test_a_plan_that_was_tried_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [Setting(2), Setting(3), Setting(2), Setting(3)]
-    monkeypatch.setattr(lightning_superpipe.tuning, "choose", promising(plans, share=1e-3))
+    monkeypatch.setattr(lightning_superpipe.tuning, "choose", promising(plans, share=2**-20))
     module, windows = chain(NUM_BLOCKS, width=WIDTH), []
     with attach(module, device="cpu", link=Link()) as pipe:
         module.register_forward_hook(lambda *_: windows.append(pipe._session.k))
@@ -199,14 +202,13 @@ def test_without_room_for_the_chosen_slots_the_run_goes_on(
 def test_evaluation_chooses_in_the_order_of_forwards() -> None:
     class Long(ProbeModule):
         def val_dataloader(self) -> Any:
-            return [batch for _ in range(8) for batch in super().val_dataloader()]
+            return fixed_batches(16)
 
     expected = trainer("cpu").validate(Long(), verbose=False)
     strategy = SuperpipeStrategy(device_memory="1MiB", link=Link(), adversary=HOSTILE)
     assert trainer("cpu", strategy).validate(Long(), verbose=False) == expected
     report = strategy.report()
     assert "everything fits" in report.plan and report.k == report.num_units
-    assert report.last_step.num_loads == 0 or report.total.num_loads < 10 * report.num_units
 
 
 @pytest.mark.emu
