@@ -64,7 +64,8 @@ def compare(job: Job, num_steps: int) -> dict[str, Any]:
                 "last_loss": measured.last_loss,
             }
         )
-    return {"told": job.told, "link": asdict(job.link), "workload": asdict(profile.workload), "rows": rows}
+    link, workload, speeds = asdict(job.link), asdict(profile.workload), asdict(profile.speeds)
+    return {"told": job.told, "link": link, "workload": workload, "speeds": speeds, "rows": rows}
 
 
 def errors(row: dict[str, Any]) -> tuple[float, float]:

@@ -40,12 +40,13 @@ def settings(num_units: int) -> list[Setting]:
     return [Setting(*window, each) for each in policies for window in windows]
 
 
-def sweep(job: Job, num_steps: int) -> dict[str, Any]:
-    """Run every setting, then what is chosen under each budget."""
+def sweep(job: Job, num_steps: int, rows: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """Run every setting, unless ``rows`` holds them already, then what is chosen under each budget."""
     run(job, BASE, num_steps=1)  # a process's first steps are slower: memory is new, threads start
     profile = run(job, BASE, num_steps=1).profile
-    names, rows = [unit.name for unit in profile.workload.units], []
-    for setting in settings(len(names)):
+    names, is_known = [unit.name for unit in profile.workload.units], rows is not None
+    rows = rows or []
+    for setting in [] if is_known else settings(len(names)):
         each = run(job, setting, num_steps=num_steps, names=names)
         rows.append({"setting": asdict(setting), "ms": each.median_ms, "bytes": each.peak.total})
     largest, pairs = max(row["bytes"] for row in rows), []
@@ -130,13 +131,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each setting")
     parser.add_argument("--only", default=None, help="one model, by its name")
     parser.add_argument("--again", action="store_true", help="also where there are results")
+    parser.add_argument("--choice", action="store_true", help="only choose again, under the sweeps there are")
     options = parser.parse_args()
     with_steady_allocator()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    have = {state["name"] for state in newest("sweep")}
+    have = {state["name"]: state["rows"] for state in newest("sweep")}
     for job in sweep_jobs():
-        if (options.only is None and (job.name not in have or options.again)) or options.only == job.name:
+        if options.choice and job.name in have:
+            print(save("sweep", job.name, sweep(job, options.steps, have[job.name])))
+        elif (options.only is None and (job.name not in have or options.again)) or options.only == job.name:
             print(save("sweep", job.name, sweep(job, options.steps)))
     states = newest("sweep")
     Console(width=160).print(table_of(states))

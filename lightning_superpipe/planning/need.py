@@ -86,7 +86,7 @@ def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
         if not workload.trains or index < workload.lowest:
             continue
         above -= unit.gradient_bytes
-        num_near = _NUM_SENT + (index == len(units) - 1)
+        num_near = _NUM_SENT + (index == len(units) - 1 and policy == "offload")  # the last never travel
         near = held + sum(offloaded[-num_near:])
         backward = backward_peak_bytes(unit, policy, micro_batches)
         own = min(backward, unit.gradient_bytes)
@@ -94,7 +94,8 @@ def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
         if policy == "recompute":
             worst = max(worst, (near + forward_peak_bytes(unit, policy, micro_batches), min(limit, above)), key=sum)
     if workload.trains:
-        worst = max(worst, (held + sum(offloaded[-_NUM_SENT - 1 :]) + workload.turn_bytes, 0), key=sum)
+        num_near = _NUM_SENT + (setting.policy(len(units) - 1) == "offload")
+        worst = max(worst, (held + sum(offloaded[-num_near:]) + workload.turn_bytes, 0), key=sum)
     slots = num_slots(workload, setting) * workload.slot_bytes
     return DeviceBytes(slots, workload.anchor_bytes, worst[1], worst[0])
 

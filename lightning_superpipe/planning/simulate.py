@@ -157,13 +157,11 @@ class _Run:
 
     def left_over(self, plan: Plan) -> frozenset[int]:
         """What the next step finds on the device: nothing that was updated, or that anybody could have written to."""
-        if not self.workload.undisturbed:
-            return frozenset()
-        trains = self.workload.trains
-        return frozenset(unit for unit in plan.final_resident if not (trains and self._is_trained(unit)))
+        left = plan.final_resident if self.workload.undisturbed else frozenset[int]()
+        return frozenset(unit for unit in left if not self._is_trained(unit))
 
     def _is_trained(self, index: int) -> bool:
-        return self.units[index].gradient_bytes > 0 and index >= self.workload.lowest
+        return self.workload.trains and self.units[index].gradient_bytes > 0 and index >= self.workload.lowest
 
     # -- a step
 
@@ -242,7 +240,7 @@ class _Run:
         self._compute(self.speeds.use_s)
         if (arrival := self.arrivals[index]) is not None:
             self._wait(arrival, index)
-            self.arrivals[index] = None
+        self.arrivals[index] = None
 
     # -- forward
 
@@ -286,11 +284,12 @@ class _Run:
         if self.policies[index] == "recompute":
             self._note_backward_peak(index, forward_peak_bytes(unit, "recompute", self.setting.micro_batches), 0)
             self._compute(unit.forward_s)
+        took = backward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
+        own = min(took, unit.gradient_bytes)
+        self._note_backward_peak(index, took - own, own)
         while self.gradients and self.gradient_bytes + unit.gradient_bytes > self.limit_bytes:
             self._wait(self.gradients[0][0], index)
             self._let_go_of_gradients()
-        took = backward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
-        own = min(took, unit.gradient_bytes)
         self._note_backward_peak(index, took - own, own)
         self._compute(unit.backward_s)
         self.held_bytes -= self.saved_bytes[index]
@@ -305,7 +304,8 @@ class _Run:
             (copying, size) for copying, size in self.lingering if not self.link.is_over(copying, self.now)
         ]
         took += sum(size for _, size in self.lingering)
-        self._note_peak(took, self.gradient_bytes + own, Op.BACKWARD, index)
+        gradients = min(self.gradient_bytes + own, self.limit_bytes)  # what comes first may come, the rest waits
+        self._note_peak(took, gradients, Op.BACKWARD, index)
 
     def _let_go_of_gradients(self) -> None:
         self.gradient_bytes -= self.gradients.popleft()[1]
@@ -340,10 +340,9 @@ class _Run:
         """Wait for what is under way, update, and let the loop do what it does; return the wait."""
         start_s = self.now
         self._flush_gradients()
+        copies = [landed for _, landed in (*self.landed, *self.sent)]
         if not self.workload.trains:
             copies = [arrival for arrival in self.arrivals if arrival is not None]
-        else:
-            copies = [landed for _, landed in (*self.landed, *self.sent)]
         for copying in copies:
             self.now = max(self.now, self.link.end_s(copying))
         if self.workload.trains:
@@ -370,8 +369,8 @@ class _Run:
         self.host_s += unit.update_s
         self.updated_s[index] = self.host_free_s
         if unit.disk_write_bytes and self.speeds.disk_write is not None:
-            seconds = self.speeds.disk_write.seconds(unit.disk_write_bytes)
-            self.updated_s[index] = self._use_disk(seconds, self.host_free_s)
+            written_s = self.speeds.disk_write.seconds(unit.disk_write_bytes)
+            self.updated_s[index] = self._use_disk(written_s, self.host_free_s)
 
     # -- memory
 
