@@ -257,6 +257,8 @@ class SuperpipeConfig:
         if self.update not in get_args(Update):
             raise ConfigError(f"update={self.update!r}: allowed are {_listed(get_args(Update))}.")
         _check_share(self.update_on_device, self.update)
+        if self.update_on_device != 0 and any(self.is_on_disk(kind) for kind in ("weights", "states")):
+            raise ConfigError(f"update_on_device={self.update_on_device!r} needs store='host': files go by the host.")
         _check_dtype("wire_dtype", self.wire_dtype, get_args(WireDtype))
         _check_dtype("master_weights", self.master_weights, ("float32",))
         step = self.record_step

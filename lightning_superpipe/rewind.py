@@ -11,13 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_superpipe.errors import BudgetError
+from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 
 __all__ = ["Attempts", "OutOfDeviceMemory", "Rewind", "Undone"]
-
-
-class OutOfDeviceMemory(BudgetError, torch.OutOfMemoryError):
-    """The device has no room for a step that cannot be repeated with less; whoever catches torch's error meets it."""
 
 
 class Undone(NamedTuple):

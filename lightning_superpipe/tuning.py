@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine
+from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.unit_profile import UnitProfile
@@ -28,7 +29,6 @@ from lightning_superpipe.planning.compare import missed
 from lightning_superpipe.planning.fall_back import smaller
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
-from lightning_superpipe.rewind import OutOfDeviceMemory
 
 __all__ = ["Tuner", "make_tuner"]
 

@@ -10,8 +10,8 @@ from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.choices import make_lanes, may_pin
 from lightning_superpipe.engine.engine import Engine, Window
+from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 from lightning_superpipe.engine.wire import Wire
-from lightning_superpipe.errors import BudgetError
 from lightning_superpipe.partition import Partition
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.tiers import Tier
@@ -58,7 +58,7 @@ def make_engine(
             wire=wire,
         )
     except torch.OutOfMemoryError as error:
-        raise BudgetError(
+        raise OutOfDeviceMemory(
             f"the device has no room for {start.k + start.resident} slots (k={start.k}, resident={start.resident}): "
             f"{error} Use a smaller k, or mark smaller units (units=...)."
         ) from error

@@ -22,7 +22,7 @@ spare_mib = int(sys.argv[1])
 small = chain(2)
 with attach(small, device="cpu", k=1):  # so that all that is loaded late is there
     small(torch.ones(4, 8)).sum().backward()
-model = chain(8, width=512)  # 8 x 4 MiB
+model = chain(8, width=1024)  # 8 x 16 MiB
 before = {name: value.clone() for name, value in model.state_dict().items()}
 classes = [type(module) for module in model.modules()]
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -36,7 +36,7 @@ resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_IN
 assert [type(module) for module in model.modules()] == classes
 assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 with attach(model, device="cpu", k=2) as pipe:
-    model(torch.ones(4, 512)).sum().backward()
+    model(torch.ones(4, 1024)).sum().backward()
 assert all(parameter.grad is not None for parameter in model.parameters())
 print("usable")
 """
@@ -51,7 +51,7 @@ def story(spare_mib: int) -> str:
 
 
 def test_a_host_without_room_for_the_units_is_refused_and_the_model_is_as_it_was() -> None:
-    told = story(spare_mib=24)  # room for the slots and for some of the units
+    told = story(spare_mib=40)  # room for the slots, and not for a unit beside them
     assert "BudgetError the host has no room for" in told and "bytes" in told and told.endswith("usable\n")
 
 
