@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_superpipe import SuperpipeStrategy, session
+from lightning_superpipe import SuperpipeStrategy, host_memory
 from lightning_superpipe.adapters.plain import attach
 from lightning_superpipe.config import Adversary
 from lightning_superpipe.errors import BudgetError
@@ -140,7 +140,7 @@ def test_cap_that_is_just_enough_is_taken_and_one_byte_less_is_refused(
 
 def test_host_without_room_is_refused_with_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     module = chain(4, width=WIDTH)
-    monkeypatch.setattr(session, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 1000)
     with monkeypatch.context() as patch:
         nothing_is_allocated(patch)
         with pytest.raises(BudgetError, match=r"1000 bytes\) available.*host_memory"):
