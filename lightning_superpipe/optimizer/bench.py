@@ -32,14 +32,20 @@ class Bench:
     nothing changes before :meth:`publish`.
 
     Args:
+        some: what is updated.
         states: slab of the states; None where none are in files yet.
         step_on: runs the step, see :func:`stand_ins.step_on`.
         can_undo: the step may be undone; otherwise what is in memory is changed where it is.
     """
 
-    def __init__(self, unit: Unit, states: StoredSlab | None, step_on: StepOn, *, can_undo: bool) -> None:
+    def __init__(
+        self, unit: Unit, some: Sequence[Member], states: StoredSlab | None, step_on: StepOn, *, can_undo: bool
+    ) -> None:
         self.unit, self._states, self._step_on, self._can_undo = unit, states, step_on, can_undo
-        self._weights = unit.stored
+        stored = {id(parameter) for parameter in unit.in_slab()}
+        # Adapters stay in memory: the frozen weights beside them are neither read nor written for their sake.
+        self.writes_weights = any(id(member.parameter) in stored for member in some)
+        self._weights = unit.stored if self.writes_weights else None
         self._num_weight_bytes = 0 if self._weights is None else self._weights.room_bytes
         in_slab = set(range(len(unit.parameters))) - set(unit.strays())
         self._in_file = in_slab if self._weights is not None else set()

@@ -61,8 +61,9 @@ class StoredUpdates:
         """Return a part whose states are in their files, as far as there are any."""
         self._adopt(unit, optimizer)
         states = None if self.homes is None else self.homes.slab(unit, optimizer)
-        bench = Bench(unit, states, self._step_on, can_undo=self._tier.can_undo)
-        return Part(bench.narrow, optimizer, groups, some, also=unit.in_slab()), bench
+        bench = Bench(unit, some, states, self._step_on, can_undo=self._tier.can_undo)
+        also = unit.in_slab() if bench.writes_weights else []
+        return Part(bench.narrow, optimizer, groups, some, also=also), bench
 
     def _adopt(self, unit: Unit, optimizer: Optimizer) -> None:
         """Move a unit's states into files; where little of it is trained they stay in memory, as what is trained."""

@@ -126,8 +126,7 @@ def _path_of(folder: Path, name: str) -> Path:
 
 
 def _place(row: Row) -> tuple[bool, bool, int, int, str]:
-    k = row.k if isinstance(row.k, int) else 0
-    return row.is_streamed, isinstance(row.k, int), k, row.k_prime or 0, row.fingerprint
+    return row.is_streamed, isinstance(row.k, int), *row.window, row.fingerprint
 
 
 def _refusal(path: Path, reason: OSError) -> str:

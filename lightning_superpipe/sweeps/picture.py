@@ -73,7 +73,7 @@ def draw_trade_off(rows: Sequence[Row], path: str | Path, dark: bool = False) ->
 
 def _points(rows: Sequence[Row], page: Canvas) -> list[Point]:
     """Return where each job stands: its colour tells k, its shape k'."""
-    windows = [(row.k if isinstance(row.k, int) else 0, row.k_prime or 0) for row in rows]
+    windows = [row.window for row in rows]
     ks, k_primes = sorted({k for k, _ in windows}), sorted({k_prime for _, k_prime in windows})
     colors = dict(zip(ks, page.theme.unit_colors(len(ks)), strict=True))
     markers = {k_prime: _MARKERS[min(at, len(_MARKERS) - 1)] for at, k_prime in enumerate(k_primes)}

@@ -171,7 +171,7 @@ def _name(row: Row) -> str:
     return "off" if row.k is None else f"k={row.k}, k'={row.k_prime}"
 
 
-def _text(value: float | int | None, form: str) -> str:
+def _text(value: float | str | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 

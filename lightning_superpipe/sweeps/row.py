@@ -92,7 +92,7 @@ class Row:
     device: str | None = None
     emulated: bool = False
     k: int | str | None = None
-    k_prime: int | None = None
+    k_prime: int | str | None = None
     num_units: int | None = None
     num_steps: int | None = None
     loss: float | None = None
@@ -119,6 +119,11 @@ class Row:
     def is_streamed(self) -> bool:
         """Whether the job streamed, or was meant to; the others are the baseline."""
         return self.k is not None
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """K and k_prime as numbers, 0 where a job left them open and nothing ran."""
+        return self.k if isinstance(self.k, int) else 0, self.k_prime if isinstance(self.k_prime, int) else 0
 
     @property
     def peak_device_bytes(self) -> int | None:

@@ -48,7 +48,7 @@ def without_update(patch: Patch) -> None:
     patch.setattr(
         WireStaging,
         "stage",
-        lambda self, unit, *, buffer_bytes, after: stage(self, unit, buffer_bytes=buffer_bytes, after=Past()),
+        lambda self, unit, *, after, **rest: stage(self, unit, after=Past(), **rest),
     )
 
 
@@ -56,8 +56,8 @@ def without_cast(patch: Patch) -> None:
     """A copy does not wait for the cast."""
     stage = WireStaging.stage
 
-    def unfenced(self: WireStaging, unit: Unit, *, buffer_bytes: int, after: Event) -> Staged:
-        return stage(self, unit, buffer_bytes=buffer_bytes, after=after)._replace(ready=Past())
+    def unfenced(self: WireStaging, unit: Unit, **rest: Any) -> Staged:
+        return stage(self, unit, **rest)._replace(ready=Past())
 
     patch.setattr(WireStaging, "stage", unfenced)
 
