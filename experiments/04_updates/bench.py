@@ -118,6 +118,7 @@ def settings(update_ms: float, num_parameters: int) -> list[Setting]:
     return [
         Setting("compute-bound", 2 * update_ms, per_ms / (0.5 * update_ms), num_parameters),
         Setting("balanced", update_ms, per_ms / (1.25 * update_ms), num_parameters),
+        Setting("balanced by pass", update_ms, per_ms / update_ms, num_parameters),
         Setting("transfer-bound", update_ms, per_ms / (3 * update_ms), num_parameters),
         Setting("fast link", update_ms, per_ms / (0.5 * update_ms), num_parameters),
     ]
