@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         ({"k": 2, "k_prime": 0}, "k_prime=0: an integer of at least 1"),
         ({"k_primes": 2}, "unknown option 'k_primes': did you mean 'k_prime'"),
         ({"device_memroy": "1GiB"}, "unknown option 'device_memroy': did you mean 'device_memory'"),
-        ({"strategy": 2}, "unknown option 'strategy': known options: k, k_prime"),
+        ({"colour": 2}, "unknown option 'colour': known options: k, k_prime"),
         ({"device_memory": "lots"}, "'lots' is not a size"),
     ],
 )

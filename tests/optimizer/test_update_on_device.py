@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from torch import nn
 from lightning_superpipe import SuperpipeStrategy, attach
 from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
 from lightning_superpipe.errors import BudgetError, ConfigError, UnsupportedError
-from lightning_superpipe.observe.trace import Lane, Recorder
+from lightning_superpipe.observe.report import PeakBytes
+from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.optimizer.share import costs_of
 from lightning_superpipe.planning.update_share import UpdateCosts, choose_share
+from lightning_superpipe.planning.workload import Curve, Setting, Speeds, UnitWork, Workload
 from tests.engine.tiny import batches, chain
 from tests.lightning.test_update import Kept, fitted, is_same, made
 from tests.precision.loops import OPTIMIZERS, Plan, assert_same, mastered, streamed, wired
@@ -120,33 +123,21 @@ def test_share_is_the_one_that_makes_the_busiest_lane_shortest() -> None:
     assert share * SLOW_HOST.num_units == min(range(9), key=SLOW_HOST.step_seconds)
 
 
-def test_costs_are_those_of_the_recorded_spans() -> None:
-    recorder = Recorder()
-    for unit in range(2):
-        recorder.span(Lane.COMPUTE, "F", unit, unit, unit + 1.0)
-        recorder.span(Lane.H2D, "P", unit, unit, unit + 0.5, 100)
-        recorder.span(Lane.D2H, "G", unit, unit, unit + 0.25, 80)
-        recorder.span(Lane.HOST, "U", unit, unit, unit + 3.0)
-    recording = recorder.finish(unit_names=(), k=1, k_prime=1, device="", emulated=True, resident_bytes=0, versions={})
-    assert costs_of(recording, num_units=2, scratch_bytes=340) == UpdateCosts(
-        num_units=2,
-        compute_s=2.0,
-        host_update_s=3.0,
-        weight_bytes=100.0,
-        gradient_bytes=80,
-        state_bytes=160.0,
-        h2d_bytes=200,
-        d2h_bytes=160,
-        h2d_bytes_s=200.0,
-        d2h_bytes_s=320.0,
-    )
+def profile(update_s: float) -> UnitProfile:
+    """Two units of 100 bytes, over links of 200 and 320 bytes per second."""
+    unit = UnitWork("h", 100, 80, state_bytes=160, forward_s=0.25, backward_s=0.75, update_s=update_s)
+    speeds = Speeds(h2d=Curve.steady(200.0), d2h=Curve.steady(320.0))
+    return UnitProfile(Workload((unit, unit)), speeds, Setting(k=1), (0, 1), (1.0,), PeakBytes(), "cpu", True)
+
+
+def test_costs_are_those_that_were_measured() -> None:
+    costs = costs_of(profile(update_s=3.0))
+    assert costs is not None
+    assert dataclasses.astuple(costs) == pytest.approx((2, 2.0, 3.0, 100, 80, 160, 300, 160, 200, 320))
 
 
 def test_nothing_is_chosen_where_nothing_was_updated() -> None:
-    recorder = Recorder()
-    recorder.span(Lane.H2D, "P", 0, 0.0, 1.0, 100)
-    recording = recorder.finish(unit_names=(), k=1, k_prime=1, device="", emulated=True, resident_bytes=0, versions={})
-    assert costs_of(recording, num_units=2, scratch_bytes=340) is None
+    assert costs_of(profile(update_s=0.0)) is None
 
 
 @pytest.mark.parametrize("record_step", [None, 2, 3])
