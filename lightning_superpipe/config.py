@@ -200,8 +200,8 @@ class SuperpipeConfig:
             accelerators only, where no choice could be bit-equal to an update on the device.
         update: when the optimizer's step runs, for optimizers that can be split by units (others run as a whole).
             ``"in_backward"``: each unit as soon as its gradients are home, where a loop is known to look at no gradient
-            before the step (Lightning's automatic optimization without clipping or hooks that could look). They are
-            gone after the step: ``p.grad`` is None.
+            before the step (Lightning's automatic optimization without clipping or hooks that could look). Where no
+            hook could look afterwards either, they are gone after the step: ``p.grad`` is None.
             ``"after_backward"``: unit by unit from ``optimizer.step()`` on, under the next forward. ``"at_once"``:
             before ``optimizer.step()`` returns. All are exact. ``"auto"`` takes the first that is possible, but the
             last where device and host are one memory.

@@ -315,12 +315,16 @@ class Session:
                 self._need = replace(self._need, update_bytes=self._updates.device.need_bytes)
                 refuse_updates(self.k + self.num_resident, self._need, self._budget)
 
-    def updating_in_backward(self, optimizer: Optimizer) -> contextlib.AbstractContextManager[None]:
-        """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients."""
+    def updating_in_backward(self, optimizer: Optimizer, *, lends: bool) -> contextlib.AbstractContextManager[None]:
+        """Scope of a step whose closure runs the last backward pass before it, with nobody looking at gradients.
+
+        Args:
+            lends: nobody looks at them behind the step either, up to the next one's backward.
+        """
         return (
             contextlib.nullcontext()
             if self._updates is None or self._tuner.is_new
-            else self._updates.announced(optimizer)
+            else self._updates.announced(optimizer, lends=lends)
         )
 
     def streams(self, model: nn.Module) -> bool:

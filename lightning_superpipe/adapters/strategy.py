@@ -207,8 +207,10 @@ class SuperpipeMixin(OneDeviceMixin):
             return super().optimizer_step(optimizer, closure, *args, **kwargs)
         if module is not None and module.automatic_optimization:  # else the closure is no whole step
             closure = partial(self._repeating, closure)
-        in_backward = session.updating_in_backward(optimizer) if self._updates_in_backward else nullcontext()
-        with in_backward:
+        scope: contextlib.AbstractContextManager[None] = nullcontext()
+        if self._updates_in_backward:
+            scope = session.updating_in_backward(optimizer, lends=runs_undisturbed(module))
+        with scope:
             return super().optimizer_step(optimizer, closure, *args, **kwargs)
 
     def _repeating(self, closure: Callable[[], Any]) -> Any:

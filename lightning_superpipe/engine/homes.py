@@ -151,10 +151,11 @@ class Homes:
                 self._free.pop().close()
         return self._tier.allocate(num_bytes) if slab is None else slab
 
-    def lent_until(self, unit: int, used_up: Event) -> None:
-        """The gradients of a unit will be used up with an event."""
-        if unit in self._loans:
-            self._loans[unit].used_up = used_up
+    def lent_until(self, unit: int, used_up: Event) -> bool:
+        """The gradients of a unit will be used up with an event; return whether their memory is lent."""
+        if (loan := self._loans.get(unit)) is not None:
+            loan.used_up = used_up
+        return loan is not None
 
     def take_back(self, unit: int, parameters: Iterable[nn.Parameter]) -> None:
         """The gradients of a unit are used up: ``p.grad`` is None, unless somebody else holds one of them."""

@@ -254,9 +254,7 @@ class UpdateStage:
         pending = unit.pending = Pending(part.tensors(), done, unit.note_settled)
         if isinstance(after, Past):
             part.take_gradients(pending)
-        is_lent = self._announced is not None
-        if is_lent:
-            self._engine.gradients.homes.lent_until(unit.index, done)
+        is_lent = self._engine.gradients.homes.lent_until(unit.index, done)
         update = partial(self._run, unit.index, delay, part, pending, is_lent=is_lent, is_on_host=place is None)
         if self.device is None or place is None:
             self._lane.submit(update, after=after, done=done)
@@ -282,7 +280,7 @@ class UpdateStage:
     def _may_lend(self, index: int) -> bool:
         """Whether a unit will be updated as soon as its gradients are home, so that nobody needs them afterwards."""
         announced = self._announced
-        if announced is None or self._stored is not None or index not in announced.members:
+        if announced is None or index not in announced.members:
             return False
         if index in announced.home or not self._comes_once(index):
             return False
@@ -290,9 +288,9 @@ class UpdateStage:
         return all(each.parameter.grad is None for each in part.members) and self._may_start(part)
 
     @contextlib.contextmanager
-    def announced(self, optimizer: Optimizer) -> Iterator[None]:
+    def announced(self, optimizer: Optimizer, *, lends: bool = False) -> Iterator[None]:
         """Scope of a step whose closure runs the backward pass that :meth:`announce` speaks of."""
-        self.announce(optimizer)
+        self.announce(optimizer, lends=lends)
         try:
             yield
         except BaseException:
@@ -307,9 +305,12 @@ class UpdateStage:
             raise
         self.withdraw()
 
-    def announce(self, optimizer: Optimizer) -> None:
+    def announce(self, optimizer: Optimizer, *, lends: bool = False) -> None:
         """Promise that the next backward pass is the last before a step of this optimizer, and that nobody looks at
         gradients in between: each unit may be updated as soon as its gradients are home.
+
+        Args:
+            lends: nobody looks at them afterwards either, so that their memory is only lent.
         """
         if optimizer not in self._hooks or not self.in_thread:
             return
@@ -322,7 +323,7 @@ class UpdateStage:
         ]
         self._announced = Announced(optimizer, options(optimizer), self._by_unit(everything))
         self._engine.gradients.on_home = self._note_home
-        self._engine.gradients.may_lend = self._may_lend
+        self._engine.gradients.may_lend = self._may_lend if lends and self._stored is None else None
 
     def withdraw(self) -> list[str]:
         """No step follows any more; return the names of units that have been updated all the same."""

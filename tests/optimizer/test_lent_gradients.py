@@ -38,7 +38,7 @@ def updating(
 def step(engine: Engine, updates: UpdateStage, optimizer: torch.optim.Optimizer, module: Chain, x: Tensor) -> None:
     with engine.step("train"):
         loss = module(x).square().mean()
-    updates.announce(optimizer)
+    updates.announce(optimizer, lends=True)
     loss.backward()
     optimizer.step()
 
@@ -76,7 +76,7 @@ def kept_gradients_stay() -> bool:
         for number, x in enumerate(batches(6)):
             with engine.step("train"):
                 loss = module(x).square().mean()
-            updates.announce(optimizer)
+            updates.announce(optimizer, lends=True)
             loss.backward()
             if number == 3:
                 kept = [parameter.grad for parameter in module.blocks[0].parameters() if parameter.grad is not None]
@@ -101,10 +101,11 @@ def test_a_held_gradient_changes_where_nobody_looks_who_holds_it(monkeypatch: py
 def test_numbers_are_wrong_where_memory_is_taken_back_before_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     lent_until = Homes.lent_until
 
-    def at_once(self: Homes, unit: int, used_up: object) -> None:
-        lent_until(self, unit, used_up)  # type: ignore[arg-type]
+    def at_once(self: Homes, unit: int, used_up: object) -> bool:
+        is_lent = lent_until(self, unit, used_up)  # type: ignore[arg-type]
         with self._lock:
-            self._free.append(self._loans.pop(unit).slab) if unit in self._loans else None
+            self._free.append(self._loans.pop(unit).slab) if is_lent else None
+        return is_lent
 
     monkeypatch.setattr(Homes, "lent_until", at_once)
     with contextlib.suppress(RuntimeError):  # or it is noticed
