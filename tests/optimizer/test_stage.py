@@ -165,7 +165,7 @@ def streams_to_the_same(
     torch.manual_seed(2)
     with streamed(module, ThreadLanes(CPU, None, max_delay_ms=max_delay_ms), stage_of) as (engine, updates):
         updates.attend([optimizer])
-        announce = updates.announce if in_backward else None
+        announce = partial(updates.announce, lends=True) if in_backward else None
         seen = loop.run(module, optimizer, partial(engine.step, "train"), announce)
         assert updates.num_parts >= 4 * (NUM_STEPS - 1), "nothing was split"
     same = seen == expected and all(map(torch.equal, module.parameters(), plain.parameters()))
