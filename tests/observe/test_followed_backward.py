@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from torch.utils.checkpoint import checkpoint
@@ -131,6 +132,7 @@ def test_loops_report_the_peak_that_lightning_reports() -> None:
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(texts(Story(num_steps=3)), batch_size=BATCH))  # type: ignore[arg-type]
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the last accelerator's precision
     accelerator = SuperpipeAccelerator(cpu=True, superpipe={"k": 2})
     loop(accelerator.prepare(make_model(Story(recompute=True))), accelerator.backward)
     with attach(make_model(Story(recompute=True)), k=2, device="cpu") as pipe:

@@ -53,7 +53,7 @@ def test_gradients_take_the_memory_of_a_few_units() -> None:
             held.append(engine._tier.part("gradients").allocated_bytes)
     of_all = sum(parameter.nbytes for parameter in module.parameters())
     assert held[0] >= of_all  # the first step makes the states, and shows that gradients come once
-    assert held[-1] == held[-2] <= 1.1 * RING_SIZE / NUM_UNITS * of_all
+    assert max(held[1:]) <= 1.1 * RING_SIZE / NUM_UNITS * of_all  # how much of the ring is used is a matter of timing
 
 
 def test_gradients_are_gone_once_they_are_used() -> None:
