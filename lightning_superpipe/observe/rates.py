@@ -117,8 +117,25 @@ class ComputeRate:
         return self.num_flops
 
 
+class _OfBytes:
+    """What rates of bytes share."""
+
+    num_bytes: int
+    seconds: tuple[float, ...]
+
+    @property
+    def gb_s(self) -> float:
+        """Median bandwidth, all ``num_bytes`` together, 10^9 bytes per second."""
+        return self.num_bytes / statistics.median(self.seconds) / 1e9
+
+    @property
+    def amount(self) -> int:
+        """What the curve of such rates runs over: bytes."""
+        return self.num_bytes
+
+
 @dataclass(frozen=True)
-class MemoryRate:
+class MemoryRate(_OfBytes):
     """How long an operation on single elements took on the device.
 
     Attributes:
@@ -131,19 +148,9 @@ class MemoryRate:
     seconds: tuple[float, ...]
     work: Work = Work.PLAIN
 
-    @property
-    def gb_s(self) -> float:
-        """Median bandwidth, reads and writes together, 10^9 bytes per second."""
-        return self.num_bytes / statistics.median(self.seconds) / 1e9
-
-    @property
-    def amount(self) -> int:
-        """What the curve of such rates runs over: bytes, reads and writes together."""
-        return self.num_bytes
-
 
 @dataclass(frozen=True)
-class DiskRate:
+class DiskRate(_OfBytes):
     """How long one read or write of a file took.
 
     Attributes:
@@ -157,16 +164,6 @@ class DiskRate:
     direct: bool
     num_bytes: int
     seconds: tuple[float, ...]
-
-    @property
-    def gb_s(self) -> float:
-        """Median bandwidth, 10^9 bytes per second."""
-        return self.num_bytes / statistics.median(self.seconds) / 1e9
-
-    @property
-    def amount(self) -> int:
-        """What the curve of such rates runs over: bytes."""
-        return self.num_bytes
 
 
 class _Rate(Protocol):

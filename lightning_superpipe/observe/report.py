@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, astuple, dataclass
 from io import StringIO
-from typing import NamedTuple
 
 from humanize import metric, naturalsize
 from rich.box import SIMPLE_HEAD
@@ -13,29 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_superpipe.observe.host_bytes import HostBytes
+from lightning_superpipe.planning.prediction import PeakBytes
 
 __all__ = ["PeakBytes", "Report", "StepCounters"]
 
 _LEFT_OUT = "the peak is without what the loop computes outside the model, such as a loss: no device counts"
 _TABLE_WIDTH, _NAME_WIDTH = 100, 22
-
-
-class PeakBytes(NamedTuple):
-    """Device bytes by kind at the moment when their sum was largest, so that they add up to the peak.
-
-    >>> max(PeakBytes(4, 1, 0, 9), PeakBytes(4, 1, 3, 7), key=lambda peak: peak.total).gradients
-    3
-    """
-
-    slots: int = 0
-    anchors: int = 0
-    gradients: int = 0
-    activations: int = 0
-
-    @property
-    def total(self) -> int:
-        """All kinds together, bytes."""
-        return sum(self)
 
 
 @dataclass(frozen=True)

@@ -180,11 +180,6 @@ class Recorder:
         """Record one piece of work; the arguments are those of ``Span``."""
         self._spans.append(Span(lane, name, unit, start_s, end_s, num_bytes))
 
-    @property
-    def has_updates(self) -> bool:
-        """Whether the host has updated a unit so far."""
-        return any(span.lane is Lane.HOST and span.name == "U" for span in self._spans)
-
     def sample(self, time_s: float, slots: int, anchors: int, gradients: int, activations: int) -> None:
         """Record the device bytes by kind from ``time_s`` on."""
         self._samples.append(MemorySample(time_s, slots, anchors, gradients, activations))

@@ -9,7 +9,7 @@ from lightning_superpipe.planning.cost import loads_forward, loads_training, loa
 from lightning_superpipe.planning.free_batch import FreeBatch, free_tokens, smallest_free_batch
 from lightning_superpipe.planning.lower import forward_keep, lower_window, spread
 from lightning_superpipe.planning.order import distinct_units, forward_order, training_order
-from lightning_superpipe.planning.prediction import DeviceBytes, HostUse, LaneSeconds, Prediction
+from lightning_superpipe.planning.prediction import HostUse, LaneSeconds, PeakBytes, Prediction
 from lightning_superpipe.planning.simulate import simulate
 from lightning_superpipe.planning.workload import Curve, Setting, Speeds, UnitWork, Workload
 
@@ -19,13 +19,13 @@ __all__ = [
     "Asked",
     "Choice",
     "Curve",
-    "DeviceBytes",
     "FreeBatch",
     "HostUse",
     "LaneSeconds",
     "Limits",
     "Op",
     "Order",
+    "PeakBytes",
     "Plan",
     "Prediction",
     "Setting",

@@ -9,7 +9,7 @@ from humanize import naturalsize
 
 from lightning_superpipe.errors import BudgetError, PlanError
 from lightning_superpipe.planning.need import device_need, host_use, num_slots
-from lightning_superpipe.planning.prediction import DeviceBytes, Prediction
+from lightning_superpipe.planning.prediction import PeakBytes, Prediction
 from lightning_superpipe.planning.search import Search
 from lightning_superpipe.planning.workload import Setting, Speeds, Workload
 
@@ -68,7 +68,7 @@ class Choice:
 
     setting: Setting
     prediction: Prediction
-    need: DeviceBytes
+    need: PeakBytes
     limits: Limits
     reason: str
     num_units: int
@@ -113,12 +113,12 @@ class Choice:
         )
 
 
-def needed_bytes(workload: Workload, setting: Setting) -> DeviceBytes:
+def needed_bytes(workload: Workload, setting: Setting) -> PeakBytes:
     """Return the device bytes to allow for a setting, with the margin on activations."""
     return _with_margin(device_need(workload, setting))
 
 
-def _with_margin(need: DeviceBytes) -> DeviceBytes:
+def _with_margin(need: PeakBytes) -> PeakBytes:
     return need._replace(activations=need.activations + int(ACTIVATION_MARGIN * need.activations))
 
 

@@ -26,8 +26,8 @@ def missed(
         peak_bytes: most on the device.
         limit_bytes: allowed there.
 
-    >>> from lightning_superpipe.planning.prediction import DeviceBytes, HostUse, LaneSeconds
-    >>> told = Prediction(1.0, LaneSeconds(), (), 0.0, 0, 0, 0, DeviceBytes(slots=1000), "F0", HostUse())
+    >>> from lightning_superpipe.planning.prediction import PeakBytes, HostUse, LaneSeconds
+    >>> told = Prediction(1.0, LaneSeconds(), (), 0.0, 0, 0, 0, PeakBytes(slots=1000), "F0", HostUse())
     >>> list(missed([1.25, 1.2, 1.22], 900, told)), list(missed([1.5, 1.2, 0.9], 900, told))
     (['a step takes 1220 ms, 1000 were predicted'], [])
     >>> list(missed([1.0], 1200, told)), list(missed([1.0], 1050, told, limit_bytes=1024))

@@ -1,4 +1,4 @@
-"""What a training step asks of a disk: bytes read and written, the drive's life they cost, and when units arrive."""
+"""What a training step asks of a disk: bytes read and written, and the drive's life they cost."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from humanize import naturalsize
 
-from lightning_superpipe.planning.workload import Curve
-
-__all__ = ["DiskWork", "StoredUnit", "arrivals", "disk_work"]
+__all__ = ["DiskWork", "StoredUnit", "disk_work"]
 
 _TERA = 1e12
 
@@ -68,27 +66,3 @@ def disk_work(loads: Iterable[int], units: Sequence[StoredUnit]) -> DiskWork:
     """
     updated = sum(unit.weight_bytes + unit.state_bytes for unit in units if unit.is_updated)
     return DiskWork(sum(units[index].weight_bytes for index in loads) + updated, updated)
-
-
-def arrivals(sizes: Sequence[int], *, read: Curve, copy: Curve, num_buffers: int) -> list[float]:
-    """Return when each of a row of units arrives on the device, in seconds from the start of the first read.
-
-    Two hops: one read at a time into a buffer, one copy at a time out of it; a buffer is free when its copy is over.
-    With two buffers or more the slower hop alone sets the pace.
-
-    Args:
-        sizes: bytes of the units, in the order of the plan.
-        num_buffers: of the ring between the hops.
-
-    >>> steady = dict(read=Curve.steady(1e9), copy=Curve.steady(4e9))
-    >>> [round(at, 2) for at in arrivals([10**9] * 3, **steady, num_buffers=2)]
-    [1.25, 2.25, 3.25]
-    >>> [round(at, 2) for at in arrivals([10**9] * 3, **steady, num_buffers=1)]
-    [1.25, 2.5, 3.75]
-    """
-    read_end, copy_ends = 0.0, list[float]()
-    for index, size in enumerate(sizes):
-        free = copy_ends[index - num_buffers] if index >= num_buffers else 0.0
-        read_end = max(read_end, free) + read.seconds(size)
-        copy_ends.append(max(read_end, copy_ends[-1] if copy_ends else 0.0) + copy.seconds(size))
-    return copy_ends

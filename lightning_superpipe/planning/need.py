@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_superpipe.planning.prediction import DeviceBytes, HostUse
+from lightning_superpipe.planning.prediction import HostUse, PeakBytes
 from lightning_superpipe.planning.workload import Setting, UnitWork, Workload
 
 __all__ = [
@@ -59,7 +59,7 @@ def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
     return took if parts == 1 else took // parts + unit.gradient_bytes + unit.input_bytes
 
 
-def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
+def device_need(workload: Workload, setting: Setting) -> PeakBytes:
     """Return device bytes by kind at the worst moment, gradients as far behind as they may be.
 
     Offloaded activations are counted as where the link keeps up with them; behind a slower one a step may hold more,
@@ -67,7 +67,7 @@ def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
 
     >>> unit = UnitWork("h", 10, 10, activation_bytes=5, input_bytes=1, offload_bytes=4, forward_bytes=6)
     >>> device_need(Workload((unit,) * 4, anchor_bytes=3), Setting(k=2))
-    DeviceBytes(slots=20, anchors=3, gradients=20, activations=10)
+    PeakBytes(slots=20, anchors=3, gradients=20, activations=10)
     >>> device_need(Workload((unit,) * 4), Setting(k=2, activations=("recompute",) * 4)).activations
     8
     """
@@ -97,7 +97,7 @@ def device_need(workload: Workload, setting: Setting) -> DeviceBytes:
         num_near = _NUM_SENT + (setting.policy(len(units) - 1) == "offload")
         worst = max(worst, (held + sum(offloaded[-num_near:]) + workload.turn_bytes, 0), key=sum)
     slots = num_slots(workload, setting) * workload.slot_bytes
-    return DeviceBytes(slots, workload.anchor_bytes, worst[1], worst[0])
+    return PeakBytes(slots, workload.anchor_bytes, worst[1], worst[0])
 
 
 def host_use(workload: Workload, setting: Setting) -> HostUse:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["DeviceBytes", "HostUse", "LaneSeconds", "Prediction"]
+__all__ = ["HostUse", "LaneSeconds", "PeakBytes", "Prediction"]
 
 
-class DeviceBytes(NamedTuple):
-    """Device bytes by kind at one moment.
+class PeakBytes(NamedTuple):
+    """Device bytes by kind at the moment when their sum is largest, so that they add up to the peak.
 
     Attributes:
         slots: of units.
         anchors: permanent copies.
         gradients: of the unit that computes, and those on their way home.
         activations: all else that forward and backward hold.
+
+    >>> max(PeakBytes(4, 1, 0, 9), PeakBytes(4, 1, 3, 7), key=lambda peak: peak.total).gradients
+    3
     """
 
     slots: int = 0
@@ -93,7 +96,7 @@ class Prediction:
     num_loads: float
     h2d_bytes: int
     d2h_bytes: int
-    peak: DeviceBytes
+    peak: PeakBytes
     peak_at: str
     host: HostUse
 

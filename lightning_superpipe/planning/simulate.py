@@ -29,7 +29,7 @@ from lightning_superpipe.planning.need import (
     saved_bytes,
 )
 from lightning_superpipe.planning.order import forward_order, training_order
-from lightning_superpipe.planning.prediction import DeviceBytes, LaneSeconds, Prediction
+from lightning_superpipe.planning.prediction import LaneSeconds, PeakBytes, Prediction
 from lightning_superpipe.planning.workload import Setting, Speeds, Workload
 
 __all__ = ["simulate"]
@@ -86,7 +86,7 @@ class _Step(NamedTuple):
     num_loads: int
     h2d_bytes: int
     d2h_bytes: int
-    peak: DeviceBytes
+    peak: PeakBytes
     peak_at: str
 
 
@@ -133,7 +133,7 @@ class _Run:
         self.returning: dict[int, Copying] = {}
         self.landed: list[tuple[int, Copying]] = []
         self.lingering: list[tuple[Copying, int]] = []
-        self.peak, self.peak_at = DeviceBytes(), ""
+        self.peak, self.peak_at = PeakBytes(), ""
 
     # -- plans
 
@@ -378,7 +378,7 @@ class _Run:
         activations += self.held_bytes
         if activations + gradients > self.peak.gradients + self.peak.activations or not self.peak_at:
             slots = self.num_slots * self.workload.slot_bytes
-            self.peak = DeviceBytes(slots, self.workload.anchor_bytes, gradients, activations)
+            self.peak = PeakBytes(slots, self.workload.anchor_bytes, gradients, activations)
             self.peak_at = "turn" if op is None else str(Action(op, index))
 
     def summary(self, steps: list[_Step]) -> Prediction:

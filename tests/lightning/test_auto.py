@@ -17,7 +17,7 @@ from lightning_superpipe import Link, SuperpipeStrategy, attach
 from lightning_superpipe.config import Adversary
 from lightning_superpipe.errors import BudgetError, ConfigError, SuperpipeWarning
 from lightning_superpipe.planning.choose import Choice
-from lightning_superpipe.planning.prediction import DeviceBytes
+from lightning_superpipe.planning.prediction import PeakBytes
 from lightning_superpipe.planning.workload import Setting
 from tests.engine.tiny import Result, batches, chain, is_equal, train
 from tests.parity.harness import assert_equal, run_case, trainer
@@ -125,7 +125,7 @@ def promising(plans: list[Setting], share: float) -> Callable[..., Choice]:
         found = choose(*arguments)
         setting = next(given, plans[-1])
         told = replace(
-            found.prediction, step_s=share * found.prediction.step_s, peak=DeviceBytes(slots=int(share * 2**30))
+            found.prediction, step_s=share * found.prediction.step_s, peak=PeakBytes(slots=int(share * 2**30))
         )
         return replace(found, setting=replace(setting, update=found.setting.update), prediction=told)
 
