@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_superpipe.engine.arrivals import Arrivals, drop
 from lightning_superpipe.engine.casting import add_into, cast_into
 from lightning_superpipe.engine.homes import Homes
 from lightning_superpipe.engine.host_lane import HostLane, Past
@@ -58,6 +59,7 @@ class GradientReturn:
         on_home: called with a unit, some of its parameters and the event after which their gradients are complete.
         may_lend: says whether the gradients of a unit will be used up soon, so that their memory is only lent.
         homes: the memory of gradients.
+        arrivals: what waits for an optimizer, so that clipping is hidden.
     """
 
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
@@ -65,6 +67,7 @@ class GradientReturn:
         self._host = HostLane()
         homes = tier.part("gradients")
         self.homes = Homes(homes)
+        self.arrivals = Arrivals()
         # Autograd's own memory would hold what belongs into files.
         self._hands_over = lanes.shares_memory and homes.is_memory
         self._landings = Landings(tier.part("wire", pin=pin))
@@ -112,7 +115,9 @@ class GradientReturn:
         lent = None
         if self.may_lend is not None and (self.homes.has_loan(label.unit) or self.may_lend(label.unit)):
             lent = self.homes.lend(label.unit, parameter, gradient)
-        return self.homes.claim(parameter, gradient) if lent is None else lent
+        home = self.homes.claim(parameter, gradient) if lent is None else lent
+        drop(home)  # whatever was to be done to last step's
+        return home
 
     def flush(self) -> None:
         """Start the copies of all gradients shipped so far: their unit has finished its backward."""
@@ -174,6 +179,8 @@ class GradientReturn:
             for shipment in batch:
                 num_bytes += shipment.gradient.nbytes
                 _deliver(shipment)
+                if self.on_home is None:
+                    self.arrivals.note(shipment.parameter)
                 if shipment.landing is not None:
                     self._landings.give_back(shipment.landing)
         self._count(-num_bytes)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Event
 from lightning_superpipe.engine.layout import lay_out
+from lightning_superpipe.engine.pending import unfenced
 from lightning_superpipe.engine.slots import storage_use_count
 from lightning_superpipe.tiers import Slab, Tier
 
@@ -174,7 +175,8 @@ class Homes:
         self._end(loan)
 
     def _is_free(self, home: _Home) -> bool:
-        return _references(home) <= self._own_references and storage_use_count(home.tensor) <= home.own_uses
+        with unfenced():
+            return _references(home) <= self._own_references and storage_use_count(home.tensor) <= home.own_uses
 
     def clear(self) -> None:
         self._homes.clear()

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_superpipe.engine.host_lane import HostEvent
 from lightning_superpipe.engine.slots import storage_use_count
 
-__all__ = ["Pending", "may_be_held", "settle_before_forks", "unfenced"]
+__all__ = ["Pending", "fence_as", "is_harmless", "may_be_held", "settle_before_forks", "unfenced"]
 
 # What tells nothing of a tensor's values, and changes none. Gradients are fenced themselves.
 _ATTRIBUTES = frozenset(
@@ -105,10 +105,15 @@ def may_be_held(tensors: Sequence[Tensor]) -> bool:
     >>> may_be_held([weight])
     False
     """
-    return all(
-        type(tensor) in _FENCED and tensor.layout is torch.strided and storage_use_count(tensor) <= _LONE_USES
-        for tensor in tensors
-    )
+    if not all(type(tensor) in _FENCED for tensor in tensors):
+        return False
+    with unfenced():
+        return all(tensor.layout is torch.strided and storage_use_count(tensor) <= _LONE_USES for tensor in tensors)
+
+
+def fence_as(kind: type[Tensor], *, like: type[Tensor]) -> None:
+    """Let tensors of a kind be fenced as those of another are, and be of that other afterwards."""
+    _FENCED[kind] = _FENCED[like]
 
 
 @functools.cache
@@ -130,7 +135,7 @@ class _Fenced(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _is_harmless(func):
+        if is_harmless(func):
             with unfenced():
                 return func(*args, **kwargs)
         for leaf in tree_leaves((args, kwargs)):
@@ -163,7 +168,8 @@ _PLAIN: dict[type[Any], type[Tensor]] = {fenced: plain for plain, fenced in _FEN
 _held: dict[int, Pending] = {}
 
 
-def _is_harmless(func: Any) -> bool:
+def is_harmless(func: Any) -> bool:
+    """Whether a function tells nothing of a tensor's values, and changes none."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
         attribute = getattr(getattr(func, "__self__", None), "__name__", "")

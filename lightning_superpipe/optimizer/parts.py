@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superpipe.engine.arrivals import Scaling, take
+from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.pending import Pending, unfenced
 from lightning_superpipe.optimizer.separable import Member
 
-__all__ = ["Announced", "Part"]
+__all__ = ["Announced", "Part", "by_unit"]
 
 Narrow = Callable[[Optimizer, Sequence[dict[str, Any]], Sequence[Member]], Callable[[], None]]
 
@@ -51,6 +53,7 @@ class Part:
         self.narrow, self.optimizer, self._groups, self.members = narrow, optimizer, groups, some
         self._also = also
         self._step: Callable[[], None] | None = None
+        self._scalings: list[Scaling] = []
         self._lock = threading.Lock()
 
     def tensors(self) -> list[Tensor]:
@@ -68,13 +71,36 @@ class Part:
         with self._lock, unfenced():
             if self._step is None:
                 pending.hold(self.gradients())
+                self._scalings = take(self.gradients())
                 self._step = self.narrow(self.optimizer, self._groups, self.members)
+
+    @property
+    def is_unscaled(self) -> bool:
+        """Whether the gradients have been clipped, but not multiplied yet."""
+        return bool(self._scalings)
+
+    def scale(self) -> None:
+        """Multiply the gradients as clipping asked for, unless that is done; from any thread."""
+        with self._lock:
+            scalings, self._scalings = self._scalings, []
+            for each in scalings:
+                each.run()
 
     def run(self, pending: Pending) -> None:
         self.take_gradients(pending)
+        self.scale()
         assert self._step is not None
         self._step()
         self._step = _over  # nothing of the gradients is held any more
+
+
+def by_unit(catalog: Catalog, everything: Iterable[Member]) -> dict[int, list[Member]]:
+    """Return the members of each unit; those outside units belong to none."""
+    of_units: dict[int, list[Member]] = {}
+    for member in everything:
+        if (found := catalog.unit_of_host(member.parameter)) is not None:
+            of_units.setdefault(found[0].index, []).append(member)
+    return of_units
 
 
 def _over() -> None:

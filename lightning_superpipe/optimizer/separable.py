@@ -38,6 +38,7 @@ __all__ = [
     "members",
     "narrowed",
     "options",
+    "parameters_of",
     "put_in_order",
     "run_for",
     "step_of",
@@ -69,6 +70,11 @@ def is_separable(optimizer: Optimizer) -> bool:
 def is_scaled(optimizer: Optimizer) -> bool:
     """Whether a gradient scaler has handed its factors over to the step: they change as soon as the step returns."""
     return getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
+
+
+def parameters_of(optimizer: Optimizer) -> list[Any]:
+    """Return the parameters of all groups, in their order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def members(optimizer: Optimizer) -> list[Member]:
@@ -133,7 +139,7 @@ def step_of(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequen
 
 def put_in_order(optimizer: Optimizer) -> None:
     """Give states the order in which the optimizer itself makes them: it is that of checkpoints."""
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = parameters_of(optimizer)
     states = {parameter: optimizer.state[parameter] for parameter in own if parameter in optimizer.state}
     others = {key: value for key, value in optimizer.state.items() if key not in states}
     optimizer.state.clear()

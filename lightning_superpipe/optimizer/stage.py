@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_superpipe.engine.arrivals import complete_all
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past
 from lightning_superpipe.engine.lanes import Event, now
@@ -33,7 +34,7 @@ from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.optimizer.bench import Bench
 from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
-from lightning_superpipe.optimizer.parts import Announced, Part
+from lightning_superpipe.optimizer.parts import Announced, Part, by_unit
 from lightning_superpipe.optimizer.separable import (
     Member,
     is_scaled,
@@ -42,6 +43,7 @@ from lightning_superpipe.optimizer.separable import (
     members,
     narrowed,
     options,
+    parameters_of,
     put_in_order,
     run_for,
 )
@@ -80,7 +82,7 @@ class UpdateStage:
         self._engine, self._stored = engine, stored
         self._masters, self.in_thread, self.device = masters, in_thread, device
         self._part = partial(Part, narrowed if masters is None else masters.narrowed)
-        self._lane = HostLane("superpipe-update")
+        self._lane, self._scales = HostLane("superpipe-update"), HostLane("superpipe-scale")
         self._max_delay_ms, self._rng = max_delay_ms, random.Random(seed)
         self._hooks: WeakKeyDictionary[Optimizer, list[Any]] = WeakKeyDictionary()
         self._set_aside: WeakKeyDictionary[Optimizer, list[dict[str, Any]]] = WeakKeyDictionary()
@@ -121,6 +123,7 @@ class UpdateStage:
                     optimizer.register_load_state_dict_pre_hook(self._settle),
                     *own_hooks,
                 ]
+                self._engine.gradients.arrivals.expect(parameters_of(optimizer) if self.in_thread else ())
                 if self._stored is not None:
                     self._hooks[optimizer].append(optimizer.register_load_state_dict_post_hook(self._adopt))
                     self._adopt(optimizer)
@@ -172,10 +175,12 @@ class UpdateStage:
             self._masters.refuse_scaled(optimizer, members(optimizer))
         if self.device is not None:
             self.device.refuse_scaled(optimizer)
-        if is_scaled(optimizer):
-            return
         everything, groups = members(optimizer), options(optimizer)
-        of_units = self._by_unit(everything)
+        self._engine.gradients.arrivals.end_step()
+        if is_scaled(optimizer):
+            complete_all(member.parameter.grad for member in everything)
+            return
+        of_units = by_unit(self._engine.catalog, everything)
         started = {id(member.parameter) for index in updated for member in of_units.get(index, [])}
         waiting: list[Unit] = []
         for unit in self._engine.units_by_need():
@@ -185,6 +190,8 @@ class UpdateStage:
             may_start = self._may_start(part)
             if may_start or bench is not None:
                 self._start(unit, part, bench, after=Past())
+                if part.is_unscaled:
+                    self._scales.submit(part.scale, after=Past())  # ahead of its update
                 started.update(id(member.parameter) for member in some)
                 waiting += [] if may_start else [unit]
         self._run_rest(optimizer, groups, [member for member in everything if id(member.parameter) not in started])
@@ -207,6 +214,7 @@ class UpdateStage:
 
     def _run_rest(self, optimizer: Optimizer, groups: list[dict[str, Any]], rest: Sequence[Member]) -> None:
         """Run a step at once for what is in no part, in the optimizer's own order: that of states in checkpoints."""
+        complete_all(member.parameter.grad for member in rest)
         run = run_for if self._masters is None else self._masters.run_for
         if self._stored is None:
             run(optimizer, groups, rest)
@@ -223,14 +231,6 @@ class UpdateStage:
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if (groups := self._set_aside.pop(optimizer, None)) is not None:
             optimizer.param_groups = groups
-
-    def _by_unit(self, everything: Iterable[Member]) -> dict[int, list[Member]]:
-        """Return the members of each unit; those outside units belong to none."""
-        of_units: dict[int, list[Member]] = {}
-        for member in everything:
-            if (found := self._engine.catalog.unit_of_host(member.parameter)) is not None:
-                of_units.setdefault(found[0].index, []).append(member)
-        return of_units
 
     def _may_start(self, part: Part) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
@@ -321,7 +321,7 @@ class UpdateStage:
             for parameter in group["params"]
             if parameter.requires_grad or parameter.grad is not None
         ]
-        self._announced = Announced(optimizer, options(optimizer), self._by_unit(everything))
+        self._announced = Announced(optimizer, options(optimizer), by_unit(self._engine.catalog, everything))
         self._engine.gradients.on_home = self._note_home
         self._engine.gradients.may_lend = self._may_lend if lends and self._stored is None else None
 
@@ -394,6 +394,7 @@ class UpdateStage:
             for unit in self._engine.units:
                 unit.settle()
         finally:
-            for each in (self._lane, self.device, self._stored):
+            self._engine.gradients.arrivals.forget()
+            for each in (self._scales, self._lane, self.device, self._stored):
                 if each is not None:
                     each.close()
