@@ -33,39 +33,41 @@ from lightning_superpipe.observe.trace import Lane, software_versions
 
 SEED = 0
 WARM_UP = 3
+LARGEST = 1 << 22
+"""Elements of a weight at most, so that the allocator of the host keeps what kernels free."""
 
 
 class Compute(torch.autograd.Function):
     """Computes nearly nothing, but takes a time in forward and twice as long in backward, whatever the host needs."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+    def forward(ctx: Any, seconds: float, x: Tensor, *weights: Tensor) -> Tensor:
         deadline = time.perf_counter() + seconds
         ctx.seconds = seconds
-        ctx.save_for_backward(weight)
-        y = x + weight[:4]
+        ctx.save_for_backward(*weights)
+        y = x + weights[-1][:4]
         time.sleep(max(0.0, deadline - time.perf_counter()))
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         deadline = time.perf_counter() + 2 * ctx.seconds
-        (weight,) = ctx.saved_tensors
-        gradient = torch.full_like(weight, 1e-3)
+        own = [torch.full_like(weight, 1e-3) for weight in ctx.saved_tensors]
         time.sleep(max(0.0, deadline - time.perf_counter()))
-        return gradients[0], gradient, None
+        return None, gradients[0], *own
 
 
 class Block(nn.Module):
-    """A large weight, and a time in place of what a device would compute with it."""
+    """Large weights, and a time in place of what a device would compute with them."""
 
     def __init__(self, num_parameters: int, seconds: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_parameters) * 1e-3)
+        sizes = torch.ones(num_parameters).split(LARGEST)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(len(each)) * 1e-3) for each in sizes)
         self.seconds = seconds
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = Compute.apply(x, self.weight, self.seconds)
+        y: Tensor = Compute.apply(self.seconds, x, *self.weights)
         return y
 
 
@@ -250,12 +252,12 @@ def hidden(results: list[Result]) -> list[str]:
     return lines
 
 
-CASES = [
-    *(Case(clip=clip, k=k, k_prime=k_prime) for k, k_prime in ((2, 1), (3, 1), (4, 2)) for clip in (False, True)),
-    Case(on_device=0.1),
-    Case("at_once"),
-    *(Case("none", clip=clip) for clip in (False, True)),
-]
+WINDOWS = [Case(clip=clip, k=k, k_prime=k_prime) for k, k_prime in ((2, 1), (3, 1), (4, 2)) for clip in (False, True)]
+CASES = {
+    "windows": WINDOWS,
+    "hidden": [Case(update, clip) for clip in (False, True) for update in ("none", "after_backward", "at_once")],
+    "device": [Case(), Case(on_device=0.1)],
+}
 
 
 def main() -> None:
@@ -264,6 +266,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, default=1 << 20, help="of one unit, float32")
     parser.add_argument("--units", type=int, default=48, help="of the model")
     parser.add_argument("--settings", nargs="*", help="names of those to run; all by default")
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="what to run in each of them")
     parser.add_argument("--update-ms", type=float, help="time for the update of one unit; measured by default")
     parser.add_argument("--steps", type=int, default=12, help="measured for each run")
     parser.add_argument("--out", type=Path, help="folder beside this file for the raw numbers")
@@ -272,16 +275,17 @@ def main() -> None:
     torch.set_num_threads(1)
     update_ms = args.update_ms or update_time(args.parameters)
     print(f"the update of one unit of {args.parameters:,} parameters takes {update_ms:.2f} ms on this host")
+    cases = [case for name in args.cases for case in CASES[name]]
     results = []
     for setting in settings(update_ms, args.parameters):
         if not args.settings or setting.name in args.settings:
-            results += [run(setting, case, num_units=args.units, num_steps=args.steps) for case in CASES]
+            results += [run(setting, case, num_units=args.units, num_steps=args.steps) for case in cases]
     show(results)
     print("\n".join(hidden(results)))
     if args.out is not None:
         folder = Path(__file__).resolve().parent / args.out
         folder.mkdir(parents=True, exist_ok=True)
-        part = "".join(f"-{name.replace(' ', '-')}" for name in args.settings or ())
+        part = "".join(f"-{name.replace(' ', '-')}" for name in (*(args.settings or ()), *args.cases))
         path = folder / f"{platform.machine()}-{os.cpu_count()}cores-{date.today()}{part}.json"
         state = {
             "command": " ".join(["python", "experiments/04_updates/bench.py", *sys.argv[1:]]),
