@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -205,34 +206,32 @@ def update_time(num_parameters: int) -> float:
 
 
 def show(results: list[Result]) -> None:
-    """Print a row for each run."""
-    table = Table(
+    """Print a row for each run, as Markdown."""
+    columns = (
         "setting",
         "update",
         "clipped",
         "k, k'",
         "on device",
-        "step, ms",
-        "bound, ms",
+        "compute, h2d, d2h, host",
+        "step",
         "/ bound",
         "/ floor",
-        "busiest lane",
     )
+    table = Table(*columns, box=box.MARKDOWN)
     for each in results:
-        busiest = max(each.lanes_ms, key=lambda lane: each.lanes_ms[lane])
         table.add_row(
             each.setting,
             each.update,
             "yes" if each.clip else "no",
             f"{each.k}, {each.k_prime}",
             f"{each.on_device:.0%}",
-            f"{each.step_ms:.1f}",
-            f"{each.bound_ms:.1f}",
+            ", ".join(f"{each.lanes_ms[lane]:.0f}" for lane in ("compute", "h2d", "d2h", "host")),
+            f"{each.step_ms:.0f} ms",
             f"{each.step_ms / each.bound_ms:.2f}",
             f"{each.step_ms / each.floor_ms:.2f}",
-            busiest,
         )
-    Console(width=120).print(table)
+    Console(width=160).print(table)
 
 
 def hidden(results: list[Result]) -> list[str]:
@@ -250,6 +249,12 @@ def hidden(results: list[Result]) -> list[str]:
                 f"{key[0]}, {'clipped' if key[1] else 'not clipped'}: {share:.0%} of {whole - none:.0f} ms are hidden"
             )
     return lines
+
+
+def show_all(results: list[Result]) -> None:
+    """Print a table, and what is hidden."""
+    show(results)
+    print("\n".join(hidden(results)))
 
 
 WINDOWS = ((2, 1), (3, 1), (4, 2))
@@ -270,8 +275,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES), help="what to run in each of them")
     parser.add_argument("--update-ms", type=float, help="time for the update of one unit; measured by default")
     parser.add_argument("--steps", type=int, default=12, help="measured for each run")
+    parser.add_argument("--show", type=Path, nargs="+", help="run nothing; print the tables of results files")
     parser.add_argument("--out", type=Path, help="folder beside this file for the raw numbers")
     args = parser.parse_args()
+    if args.show:
+        show_all([Result(**each) for path in args.show for each in json.loads(path.read_text())["results"]])
+        return
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     update_ms = args.update_ms or update_time(args.parameters)
@@ -281,8 +290,7 @@ def main() -> None:
     for setting in settings(update_ms, args.parameters):
         if not args.settings or setting.name in args.settings:
             results += [run(setting, case, num_units=args.units, num_steps=args.steps) for case in cases]
-    show(results)
-    print("\n".join(hidden(results)))
+    show_all(results)
     if args.out is not None:
         folder = Path(__file__).resolve().parent / args.out
         folder.mkdir(parents=True, exist_ok=True)
