@@ -226,7 +226,7 @@ def show(results: list[Result]) -> None:
             "yes" if each.clip else "no",
             f"{each.k}, {each.k_prime}",
             f"{each.on_device:.0%}",
-            ", ".join(f"{each.lanes_ms[lane]:.0f}" for lane in lanes),
+            ", ".join(f"{each.lanes_ms[lane]:.0f}" for lane in ("compute", "h2d", "d2h", "host")),
             f"{each.step_ms:.0f} ms",
             f"{each.step_ms / each.bound_ms:.2f}",
             f"{each.step_ms / each.floor_ms:.2f}",
