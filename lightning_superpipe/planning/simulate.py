@@ -365,6 +365,8 @@ class _Run:
 
     def _update_one(self, index: int, ready_s: float) -> None:
         unit = self.units[index]
+        if unit.disk_update_bytes and self.speeds.disk_read is not None:
+            ready_s = self._use_disk(self.speeds.disk_read.seconds(unit.disk_update_bytes), ready_s)
         self.host_free_s = max(self.host_free_s, ready_s) + unit.update_s
         self.host_s += unit.update_s
         self.updated_s[index] = self.host_free_s
