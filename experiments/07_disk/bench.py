@@ -162,7 +162,10 @@ def save(result: dict[str, Any], options: argparse.Namespace) -> Path:
     """Write the numbers and where they come from."""
     folder: Path = HERE / options.out
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{platform.machine()}-{'-'.join(options.stages)}-{date.today()}.json"
+    parts = [*options.stages]
+    if "pace" in parts:
+        parts += [*options.loops, *map(str, options.batches)]
+    path = folder / f"{platform.machine()}-{'-'.join(parts)}-{date.today()}.json"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     place = ["--folder", str(options.folder)]  # is this machine's business
     words = [word for word in sys.argv[1:] if word not in place]

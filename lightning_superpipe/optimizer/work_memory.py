@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import queue
@@ -50,18 +51,16 @@ class WorkMemory:
 
     def grow(self, room_bytes: int) -> None:
         """A part that needs so many bytes is about to wait for a place; called by the thread that allocates."""
-        if room_bytes > self._room_bytes:  # those made so far are dropped when their turn comes
+        if room_bytes > self._room_bytes:  # those in use are dropped when they come back
             self._room_bytes, self._num_made = room_bytes, 0
+            self._drop_free()
         if self._num_made < self._num_places:
             self._num_made += 1
             self._free.put(Place(self._tier.allocate(self._room_bytes)))
 
     def take(self) -> Place:
         """Return the place that has been free for longest; blocks until there is one."""
-        while True:
-            place = self._free.get()
-            if place.slab.num_bytes >= self._room_bytes:
-                break
+        while (place := self._free.get()).slab.num_bytes < self._room_bytes:
             place.slab.close()
         with place.lock:
             place.turn += 1
@@ -69,13 +68,20 @@ class WorkMemory:
 
     def give_back(self, place: Place) -> None:
         """Let another part have the place."""
-        self._free.put(place)
+        if place.slab.num_bytes < self._room_bytes:
+            place.slab.close()
+        else:
+            self._free.put(place)
 
     def close(self) -> None:
         """Drop the memory; nobody works any more."""
-        while not self._free.empty():
-            self._free.get()
+        self._drop_free()
         self._num_made = self._room_bytes = 0
+
+    def _drop_free(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._free.get_nowait().slab.close()
 
 
 class Ranked(Generic[T]):

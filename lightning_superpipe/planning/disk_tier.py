@@ -76,7 +76,7 @@ def choose_files(
     >>> need = HostNeed(weights=100, gradients=100, states=200)
     >>> choice = choose_files(need, {"weights", "states"}, [10] * 10, ring=None, undo=False, limit=295)
     >>> choice.ring, sorted(choice.in_memory)
-    (3, [0, 3, 6])
+    (3, [0, 5])
     >>> choose_files(need, {"weights", "states"}, [10] * 10, ring=None, undo=False, limit=180).ring
     2
     """
