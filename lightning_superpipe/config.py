@@ -113,16 +113,18 @@ class Disk:
         keep: leave weights and optimizer states in ``folder`` when the run ends, with a checksum for each tensor;
             :func:`lightning_superpipe.open_kept` reads them. Needs ``folder``. Otherwise no file outlives the run.
         ring: buffers in host memory between disk and device, each as large as the largest unit, and as many between
-            disk and update, each as large as a unit's weights and states.
+            disk and update, each as large as a unit's weights and states; ``"auto"``: 3, or 2 where ``host_memory``
+            holds no more. What it holds beyond them goes to whole units, which then stay in memory.
         requests: reads or writes of one unit under way at once.
         undo: write each update beside the bytes of the step before, so that a step whose read or write fails is undone
-            as a whole; files are twice as large, no byte more is written. False overwrites them in place.
+            as a whole; files are twice as large, no byte more is written. Weights or states that are in host memory are
+            copied there until the step is finished. False overwrites all in place.
         endurance_tb: bytes that may be written in the drive's life (its TBW), in 10^12; None if not known.
     """
 
     folder: str | None = None
     keep: bool = False
-    ring: int = 3
+    ring: int | Auto = "auto"
     requests: int = 4
     undo: bool = True
     endurance_tb: float | None = None
@@ -135,7 +137,8 @@ class Disk:
                 raise ConfigError(f"disk.{name}={getattr(self, name)!r}: allowed are true and false.")
         if self.keep and self.folder is None:
             raise ConfigError("disk.keep=True needs disk.folder: say where the files shall stay.")
-        _check_count("disk.ring", self.ring, least=2)
+        if self.ring != "auto":
+            _check_count("disk.ring", self.ring, least=2, also="'auto'")
         _check_count("disk.requests", self.requests)
         if self.endurance_tb is not None and not (_is_number(self.endurance_tb) and self.endurance_tb > 0):
             raise ConfigError(f"disk.endurance_tb={self.endurance_tb!r}: a positive number of 10^12 bytes, or null.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from lightning_superpipe.optimizer.masters import MASTER, wants_master
 from lightning_superpipe.optimizer.state_size import missing_state_bytes
 from lightning_superpipe.partition import UnitTable
 from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.disk_tier import FileChoice, choose_files
 from lightning_superpipe.planning.host_budget import HostNeed
 from lightning_superpipe.tiers import Tier, is_mapped
 
-__all__ = ["held_bytes", "host_limit", "host_need", "require_host", "training_bytes"]
+__all__ = ["choose_for", "files_for", "held_bytes", "host_limit", "host_need", "require_host", "stored_kinds"]
+__all__ += ["training_bytes", "unit_sizes"]
 
 _MASTER_BYTES = torch.float32.itemsize
+_ADAMW_STATES = 2
 
 
 def host_need(
@@ -70,6 +74,7 @@ def require_host(
     device_need: MemoryNeed,
     wire: Wire,
     units: UnitTable,
+    files: FileChoice,
 ) -> None:
     """Make sure that the host can hold what is known of a training.
 
@@ -77,12 +82,63 @@ def require_host(
         BudgetError: it cannot.
     """
     need = host_need(root, optimizers, device_need, wire, with_masters=config.master_weights is not None)
-    kinds = {kind for kind in STORED_KINDS if config.is_on_disk(kind)}
-    if kinds:
-        sizes = {"streamed": units.streamed_bytes, "largest": units.largest.num_bytes}
-        need = need.with_files(kinds, **sizes, num_buffers=(config.disk or Disk()).ring)
+    if kinds := stored_kinds(config):
+        sizes = unit_sizes(units)
+        need = need.with_files(
+            kinds,
+            streamed=sum(sizes),
+            largest=max(sizes),
+            num_buffers=files.ring,
+            undo=(config.disk or Disk()).undo,
+            kept=sum(sizes[unit] for unit in files.in_memory),
+        )
     limit = config.host_memory if isinstance(config.host_memory, int) else None
     need.check(available=available_bytes(), limit=limit)
+
+
+def files_for(
+    root: nn.Module,
+    optimizers: Sequence[Optimizer],
+    config: SuperpipeConfig,
+    device_need: MemoryNeed,
+    wire: Wire,
+    units: UnitTable,
+) -> FileChoice:
+    """Choose what the options leave open about files; optimizers that are not known yet count as AdamW."""
+    if not stored_kinds(config):
+        return FileChoice()
+    need = host_need(root, optimizers, device_need, wire, with_masters=config.master_weights is not None)
+    if not optimizers:
+        need = replace(need, states=_ADAMW_STATES * max(need.gradients, need.masters))
+    return choose_for(config, need, unit_sizes(units), trains=device_need.trains)
+
+
+def choose_for(config: SuperpipeConfig, need: HostNeed, sizes: Sequence[int], *, trains: bool) -> FileChoice:
+    """Choose as the options allow, see :func:`choose_files`.
+
+    Args:
+        need: of host memory, without files.
+        sizes: weights of each unit, bytes.
+    """
+    options = config.disk or Disk()
+    return choose_files(
+        need,
+        stored_kinds(config),
+        sizes,
+        ring=None if options.ring == "auto" else options.ring,
+        undo=options.undo and trains,
+        limit=config.host_memory if isinstance(config.host_memory, int) else None,
+    )
+
+
+def stored_kinds(config: SuperpipeConfig) -> set[str]:
+    """Kinds of bytes that lie in files."""
+    return {kind for kind in STORED_KINDS if config.is_on_disk(kind)}
+
+
+def unit_sizes(units: UnitTable) -> list[int]:
+    """Bytes of each unit's weights, by its index."""
+    return [row.num_bytes for row in units if row.role == "unit"]
 
 
 def host_limit(config: SuperpipeConfig, held: HostBytes) -> int:

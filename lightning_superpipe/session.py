@@ -22,7 +22,7 @@ from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
 from lightning_superpipe.errors import UnsupportedError
-from lightning_superpipe.host_memory import held_bytes, host_limit, require_host, training_bytes
+from lightning_superpipe.host_memory import files_for, held_bytes, host_limit, require_host, training_bytes, unit_sizes
 from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.report import Report, StepCounters
@@ -81,8 +81,9 @@ class Session:
         if config.update == "in_backward" and owns_root:
             raise UnsupportedError(
                 "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
-                "optimization. Use update='after_backward', which is exact as well and hides the update under the next "
-                "forward."
+                "optimization. In a loop of your own leave update out, and put backward and step into `with "
+                "pipe.updating(optimizer):`. Or use update='after_backward', which is exact as well and hides the "
+                "update under the next forward."
             )
         found = partition(root, config.units)
         self._wire = wire_of(root, config)
@@ -96,20 +97,22 @@ class Session:
         self.units: UnitTable = unit_table(root, found, k=k)
         self._need, self._budget, self._root = need, budget, root
         self._optimizers = list(optimizers)
+        self._files = files_for(root, self._optimizers, config, need, self._wire, self.units)
         self._require_host()
         # What is cast on the way is copied from staging memory: its masters need no page lock.
         self._tier = Places(config, pin=may_pin(config, device) and self._wire.dtype is None, trains=trains)
         scope = self._call_scope if owns_root else None
         try:
-            self._tier.part("weights").reserve(self.units.streamed_bytes)
+            sizes = unit_sizes(self.units)
+            self._tier.part("weights").reserve(sum(sizes) - sum(sizes[unit] for unit in self._files.in_memory))
             self._engine = make_engine(
-                root, found, start, config, device, tier=self._tier, wire=self._wire, scope=scope
+                root, found, start, config, device, tier=self._tier, wire=self._wire, scope=scope, files=self._files
             )
         except BaseException:
             self._tier.close()
             raise
         self._masters = Masters() if config.master_weights is not None else None
-        self._updates = make_stage(self._engine, config, self._masters, self._tier)
+        self._updates = make_stage(self._engine, config, self._masters, self._tier, self._files)
         self._share = ShareChoice(self._updates, is_open=config.update_on_device == "auto")
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._tuner = self._make_tuner(start, limit, tell or _log.info)
@@ -142,7 +145,7 @@ class Session:
         return held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch)
 
     def _require_host(self) -> None:
-        require_host(self._root, self._optimizers, self.config, self._need, self._wire, self.units)
+        require_host(self._root, self._optimizers, self.config, self._need, self._wire, self.units, self._files)
 
     # -- steps
 
@@ -388,7 +391,7 @@ class Session:
             num_steps=self._num_steps,
             last_step=self._last_step,
             sees_loop=self._meter.sees_all or not self._owns_root,
-            plan=self._tuner.plan,
+            plan=self._tuner.plan + self._files.remark(len(self._engine.units), is_used=bool(self._tier.disks)),
             endurance_tb=None if self.config.disk is None else self.config.disk.endurance_tb,
         )
 

@@ -31,7 +31,8 @@ STAGES = ("limit", "rates", "pace")
 IN_FILES = {"weights": "disk", "states": "disk"}
 ALL_IN_FILES = {**IN_FILES, "gradients": "disk"}
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two states, float32
-ROUNDS = 5
+ROUNDS, PACE_ROUNDS = 5, 2
+LOOPS = ("plain", "announced", "trainer")
 
 
 def write_weights(folder: Path, width: int, blocks: int, seed: int) -> None:
@@ -74,19 +75,39 @@ def limit(job: Job, factor: float) -> dict[str, Any]:
     }
 
 
-def pace(job: Job, rates: dict[str, list[float]], batches: list[int]) -> list[dict[str, Any]]:
-    """Time steps with files against the same in memory, and against what the disk needs for their bytes."""
-    read, write = (statistics.median(rates[name]) for name in ("plain_read", "plain_write"))
+def pace(job: Job, folder: Path, loops: list[str], batches: list[int]) -> list[dict[str, Any]]:
+    """Time steps with files against the same in memory, and against what the disk needs for their bytes.
+
+    The disk of a virtual machine is as fast as its neighbours let it: it is measured before and after each run.
+    """
     rows = []
     for batch in batches:
-        stored = run(job._replace(store=IN_FILES, batch=batch))
-        plain = run(job._replace(store=None, batch=batch))
-        # The first steps make states and fill caches; the last one's update has nothing to hide under.
-        step, compute = (statistics.median(found["step_seconds"][2:]) for found in (stored, plain))
-        disk = stored["read_bytes"] / read + stored["written_bytes"] / write
-        bound = max(compute, disk)
-        rows.append({"batch": batch, "step_s": step, "compute_s": compute, "disk_s": disk, "over": step / bound})
+        for loop in loops:
+            way = job._replace(batch=batch, with_trainer=loop == "trainer", announces=loop == "announced")
+            around = [measure(folder, 4 * 8 * job.width**2, job.blocks, PACE_ROUNDS)]
+            stored = run(way._replace(store=IN_FILES))
+            around.append(measure(folder, 4 * 8 * job.width**2, job.blocks, PACE_ROUNDS))
+            plain = run(way)
+            # The first steps make states and fill caches; the last one's update has nothing to hide under.
+            step, compute = (statistics.median(found["step_seconds"][2:]) for found in (stored, plain))
+            read, write = (
+                statistics.median([rate for rates in around for rate in rates[name]])
+                for name in ("plain_read", "plain_write")
+            )
+            disk = stored["read_bytes"] / read + stored["written_bytes"] / write
+            row = {"loop": loop, "batch": batch, "step_s": step, "compute_s": compute, "disk_s": disk}
+            row |= {"over": step / max(compute, disk), "read_b_s": read, "write_b_s": write}
+            rows.append(row | {name: stored[name] for name in ("read_bytes", "written_bytes", "step_seconds")})
+            print(_pace_line(row), flush=True)
     return rows
+
+
+def _pace_line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['loop']}, batch {row['batch']}: step {row['step_s']:.2f} s, compute {row['compute_s']:.2f} s, "
+        f"disk {row['disk_s']:.2f} s ({row['read_b_s'] / 1e9:.2f} and {row['write_b_s'] / 1e9:.2f} GB/s); "
+        f"{row['over']:.2f} times the larger"
+    )
 
 
 def main() -> None:
@@ -98,7 +119,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of the stage 'limit'")
     parser.add_argument("--pace-steps", type=int, default=6)
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 1024], help="of the stage 'pace'")
-    parser.add_argument("--trainer", action="store_true", help="stage 'pace' in Lightning's Trainer")
+    parser.add_argument("--loops", nargs="*", default=LOOPS, choices=LOOPS, help="of the stage 'pace'")
     parser.add_argument("--factor", type=float, default=3.0, help="training state over memory limit")
     parser.add_argument("--folder", type=Path, help="on a disk; a temporary one if left out")
     parser.add_argument("--out", type=Path, help="folder for the result file, from this script's folder; none if left")
@@ -110,13 +131,11 @@ def main() -> None:
         job = Job(str(folder / "initial"), None, steps=options.steps, width=options.width, blocks=options.blocks)
         if "limit" in options.stages:
             result["limit"] = limit(job, options.factor)
-        if {"rates", "pace"} & set(options.stages):
+        if "rates" in options.stages:
             slab_bytes = 4 * 8 * options.width**2
             result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS)
         if "pace" in options.stages:
-            result["pace"] = pace(
-                job._replace(steps=options.pace_steps, with_trainer=options.trainer), result["rates"], options.batches
-            )
+            result["pace"] = pace(job._replace(steps=options.pace_steps), folder, options.loops, options.batches)
     show(result)
     if options.out is not None:
         print(save(result, options))
@@ -137,18 +156,16 @@ def show(result: dict[str, Any]) -> None:
         )
     for name, rates in result.get("rates", {}).items():
         print(f"{name}: {statistics.median(rates) / 1e9:.2f} GB/s ({min(rates) / 1e9:.2f}-{max(rates) / 1e9:.2f})")
-    for row in result.get("pace", []):
-        print(
-            f"batch {row['batch']}: step {row['step_s']:.2f} s, compute {row['compute_s']:.2f} s, "
-            f"disk {row['disk_s']:.2f} s; {row['over']:.2f} times the larger"
-        )
 
 
 def save(result: dict[str, Any], options: argparse.Namespace) -> Path:
     """Write the numbers and where they come from."""
     folder: Path = HERE / options.out
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{platform.machine()}-{'-'.join(options.stages)}-{date.today()}.json"
+    parts = [*options.stages]
+    if "pace" in parts:
+        parts += [*options.loops, *map(str, options.batches)]
+    path = folder / f"{platform.machine()}-{'-'.join(parts)}-{date.today()}.json"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     place = ["--folder", str(options.folder)]  # is this machine's business
     words = [word for word in sys.argv[1:] if word not in place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -26,6 +27,9 @@ class Job(NamedTuple):
         limit_bytes: of memory; 0 for none.
         batch: rows.
         with_trainer: by Lightning's Trainer, which lets units be updated in backward; else by a loop in plain PyTorch.
+        announces: the plain loop promises to look at no gradient before the step, which lets units be updated too.
+        record_step: recorded, see :class:`SuperpipeConfig`.
+        trace: file for the recording.
     """
 
     folder: str
@@ -38,6 +42,9 @@ class Job(NamedTuple):
     seed: int = 0
     update: str = "auto"
     with_trainer: bool = False
+    announces: bool = False
+    record_step: int | None = None
+    trace: str | None = None
 
 
 class Watch:
@@ -97,13 +104,16 @@ def train(job: Job) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(job.seed)
     pipe = None
     if job.store is not None:
-        pipe = attach(model, optimizer, device="cpu", k=2, store=job.store, update=job.update)
+        pipe = attach(
+            model, optimizer, device="cpu", k=2, store=job.store, update=job.update, record_step=job.record_step
+        )
     losses, seconds = [], []
     for _ in range(job.steps):
         start = time.perf_counter()
         loss = model(torch.randn(job.batch, job.width, generator=generator)).pow(2).mean()
-        loss.backward()
-        optimizer.step()
+        with contextlib.nullcontext() if pipe is None or not job.announces else pipe.updating(optimizer):
+            loss.backward()
+            optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
@@ -112,6 +122,8 @@ def train(job: Job) -> dict[str, Any]:
         report = pipe.report()
         found |= {"read_bytes": report.last_step.disk_read_bytes, "written_bytes": report.last_step.disk_written_bytes}
         found |= {"stall_seconds": report.last_step.stall_seconds}
+        if job.trace is not None and pipe.recording is not None:
+            pipe.recording.save(job.trace)
     found["sums"] = [_sum(value) for value in _tensors(model, optimizer)]
     if pipe is not None:
         pipe.close()

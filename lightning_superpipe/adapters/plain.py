@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
@@ -64,6 +65,23 @@ class Pipe:
     def recording(self) -> Recording | None:
         """The step that ``record_step`` named; None before it is over."""
         return self._session.recording
+
+    def updating(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """Scope of a backward pass and the step after it, a promise that nobody looks at gradients in between.
+
+        Each unit is then updated as soon as its gradients are home, beside the rest of backward, to the same bits::
+
+            with pipe.updating(optimizer):
+                loss.backward()
+                optimizer.step()
+
+        Clipping, scaling and accumulating look at gradients, or add to them: leave the scope out there. It does nothing
+        for optimizers that cannot be split, and for ``update="at_once"``.
+
+        Raises:
+            SuperpipeError: from the backward pass, where a unit gets gradients twice before one step.
+        """
+        return self._session.updating_in_backward(optimizer, lends=False)
 
     def report(self) -> Report:
         """What streaming cost and saved so far, or until :meth:`close`."""

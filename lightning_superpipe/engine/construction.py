@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lightning_superpipe.config import Adversary, Disk, SuperpipeConfig
+from lightning_superpipe.config import Adversary, SuperpipeConfig
 from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.engine.calls import RootScope
 from lightning_superpipe.engine.choices import make_lanes, may_pin
@@ -13,6 +13,7 @@ from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.partition import Partition
+from lightning_superpipe.planning.disk_tier import FileChoice
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.tiers import Tier
 
@@ -29,26 +30,27 @@ def make_engine(
     tier: Tier,
     wire: Wire,
     scope: RootScope | None,
+    files: FileChoice,
 ) -> Engine:
     """Return the engine of a module.
 
     Args:
         start: the window that it begins with.
         scope: opens the scope of a step around each call of the root, where that is called itself.
+        files: how units that lie in files travel, and which do not.
 
     Raises:
         BudgetError: the device has no room for the slots, or the host for the units; the module is as it was.
     """
     hostile = config.adversary or Adversary(poison=False, shuffle_slots=False)
     seed = hostile.seed if hostile.shuffle_slots else None
-    num_fetches = (config.disk or Disk()).ring
     names = [unit.name for unit in found.units]
     try:
         return Engine(
             root,
             [(unit.name, unit.module) for unit in found.units],
             found.anchors,
-            Window(start.k, start.k_prime, hostile.poison, seed, start.resident, num_fetches),
+            Window(start.k, start.k_prime, hostile.poison, seed, start.resident, files.ring, files.in_memory),
             lanes=make_lanes(config, device, hostile),
             tier=tier,
             pin=may_pin(config, device),

@@ -112,10 +112,11 @@ class Engine:
         self.note_dtypes()
         keep = spread(range(len(self.units)), window.num_resident)
         self.follower = Follower(len(self.units), num_slots, window.k_prime, keep)
-        staging = WireStaging(tier.part("wire", pin=pin))
-        fetches = None if tier.part("weights").is_memory else FetchRing(tier.part("wire", pin=pin), window.num_fetches)
+        wires, weights = tier.part("wire", pin=pin), tier.part("weights")
+        fetches = None if weights.is_memory else FetchRing(wires, window.num_fetches, lanes)
+        staging = Staging(WireStaging(wires), fetches)
         self.residency = Residency(
-            self.units, self.slots, lanes, self.follower, self.casts, self.binding.unbind, Staging(staging, fetches)
+            self.units, self.slots, lanes, self.follower, self.casts, self.binding.unbind, staging
         )
         trained = max(trained_bytes_of(unit.module, anchors, self.wire) for unit in self.units)
         self.gradients = GradientReturn(lanes, tier, limit_bytes=2 * trained, pin=pin)
@@ -124,7 +125,7 @@ class Engine:
         choices = choices or [Choice()] * len(self.units)
         offload = Offload(lanes, tier.part("activations"), self.staying)
         self.activations = Activations(self, choices, offload, num_parts=micro_batches)
-        self._installation = Installation(self, root, tier.part("weights"), root_scope=root_scope)
+        self._installation = Installation(self, root, tier, window.in_memory, root_scope=root_scope)
 
     def _make_twin(self, unit: Unit, index: int) -> nn.Parameter:
         label = Label("G", unit.index, unit.name)

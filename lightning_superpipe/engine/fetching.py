@@ -14,9 +14,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lightning_superpipe.engine.host_lane import HostLane, Past
-from lightning_superpipe.engine.lanes import Event
+from lightning_superpipe.engine.lanes import Event, Lanes, now
+from lightning_superpipe.engine.pending import LeftOver
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import TransferError
+from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.tiers import Slab, StoredSlab, Tier
 
 __all__ = ["Buffer", "FetchRing", "Fetched", "Ring"]
@@ -87,13 +89,14 @@ class FetchRing:
 
     Args:
         tier: gives the buffers.
+        lanes: their recorder is told of reads.
 
     Attributes:
         num_ahead: fetches that had begun before a slot was free.
     """
 
-    def __init__(self, tier: Tier, num_buffers: int) -> None:
-        self._ring = Ring(tier, num_buffers)
+    def __init__(self, tier: Tier, num_buffers: int, lanes: Lanes) -> None:
+        self._ring, self._lanes = Ring(tier, num_buffers), lanes
         self._lane = HostLane("superpipe-read")
         self._ahead: dict[int, Fetched] = {}
         self._room_bytes = 0
@@ -139,21 +142,26 @@ class FetchRing:
             return None
         target = buffer.piece(0, slab.room_bytes)
         updated = Past() if unit.pending is None else unit.pending.done
-        ready = self._lane.submit(partial(_read, unit.name, slab, target, buffer.free_after), after=updated)
+        left_over = None if unit.pending is None else unit.pending.left_over
+        ready = self._lane.submit(partial(self._read, unit, slab, target, buffer.free_after, left_over), after=updated)
         buffer.free_after = ready
         return Fetched(buffer, target[: slab.num_bytes], ready)
+
+    def _read(self, unit: Unit, slab: StoredSlab, target: Tensor, free: Event, left_over: LeftOver | None) -> None:
+        with contextlib.suppress(Exception):  # a copy that failed tells those who wait for it
+            free.synchronize()
+        if left_over is not None and left_over.copy_weights(slab, target):
+            return
+        start = now()
+        try:
+            slab.fetch(target)
+        except TransferError as error:
+            raise TransferError(f"unit {unit.name!r}: {error}") from error
+        if self._lanes.recorder is not None:
+            self._lanes.recorder.span(Lane.READ, "P", unit.index, start, now(), target.numel())
 
     def close(self) -> None:
         """Finish what is under way and end the thread."""
         self._lane.close()
         self._ahead.clear()
         self._ring.close()
-
-
-def _read(unit_name: str, slab: StoredSlab, target: Tensor, free: Event) -> None:
-    with contextlib.suppress(Exception):  # a copy that failed tells those who wait for it
-        free.synchronize()
-    try:
-        slab.fetch(target)
-    except TransferError as error:
-        raise TransferError(f"unit {unit_name!r}: {error}") from error

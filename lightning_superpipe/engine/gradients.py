@@ -65,11 +65,11 @@ class GradientReturn:
     def __init__(self, lanes: Lanes, tier: Tier, *, limit_bytes: int, pin: bool) -> None:
         self._lanes = lanes
         self._host = HostLane()
-        homes = tier.part("gradients")
-        self.homes = Homes(homes)
+        self._home_tier = tier.part("gradients")
+        self.homes = Homes(self._home_tier)
         self.arrivals = Arrivals()
         # Autograd's own memory would hold what belongs into files.
-        self._hands_over = lanes.shares_memory and homes.is_memory
+        self._hands_over = lanes.shares_memory and self._home_tier.is_memory
         self._landings = Landings(tier.part("wire", pin=pin))
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
@@ -127,6 +127,7 @@ class GradientReturn:
         self._batch, self._batch_label = [], None
         parameters = [shipment.parameter for shipment in batch]
         if self._hands_over:
+            del batch  # who is told finds gradients that nobody else holds
             self._lanes.hand_over(self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
             self._tell_handed_over(parameters)
@@ -184,6 +185,8 @@ class GradientReturn:
                 if shipment.landing is not None:
                     self._landings.give_back(shipment.landing)
         self._count(-num_bytes)
+        if not self._home_tier.is_memory:
+            self._home_tier.note_written(sum(each.numel() * each.itemsize for each, *_ in batch))
         if self._lanes.recorder is not None:
             self._lanes.recorder.span(Lane.HOST, label.name, label.unit, start, now(), num_bytes)
 

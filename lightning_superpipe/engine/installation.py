@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,12 +29,17 @@ class Installation:
     """What an engine changes in a model.
 
     Args:
+        tier: whose part for weights holds the host bytes of units.
+        in_memory: units that stay in host memory in any case.
         root_scope: the root itself is called (not only its children), so its class is swapped as well; opens the scope
             of a step around each call.
     """
 
-    def __init__(self, engine: Engine, root: nn.Module, tier: Tier, *, root_scope: RootScope | None) -> None:
-        self._engine, self._root, self._tier, self._root_scope = engine, root, tier, root_scope
+    def __init__(
+        self, engine: Engine, root: nn.Module, tier: Tier, in_memory: Container[int], *, root_scope: RootScope | None
+    ) -> None:
+        self._engine, self._root, self._root_scope = engine, root, root_scope
+        self._tier, self._in_memory = tier, in_memory
         try:
             for unit in engine.units:
                 self._install(unit)
@@ -51,7 +56,7 @@ class Installation:
         self._optimizer_hooks = _hook_optimizers(engine)
 
     def _install(self, unit: Unit) -> None:
-        unit.reserve(self._tier)
+        unit.reserve(self._tier.part("kept" if unit.index in self._in_memory else "weights"))
         self.adopt([unit])
         self._engine.gradients.add_group(unit.parameters)
         self._engine.catalog.add(unit)

@@ -168,6 +168,7 @@ class Offload:
         done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=batch.label)
         for parcel in parcels:
             assert parcel.place is not None
+            parcel.place.slab.note_written(parcel.num_bytes)
             parcel.place = parcel.place._replace(last_copy=done)
         # The device's bytes are held until the copy is done: the allocator may give them to others after that only.
         self._transits.append(_Transit([weakref.ref(parcel) for parcel in parcels], [c.source for c in copies], done))

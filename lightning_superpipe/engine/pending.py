@@ -14,7 +14,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_superpipe.engine.host_lane import HostEvent
 from lightning_superpipe.engine.slots import storage_use_count
+from lightning_superpipe.tiers import StoredSlab
 
-__all__ = ["Pending", "fence_as", "is_harmless", "may_be_held", "settle_before_forks", "unfenced"]
+__all__ = ["LeftOver", "Pending", "fence_as", "is_harmless", "may_be_held", "settle_before_forks", "unfenced"]
 
 # What tells nothing of a tensor's values, and changes none. Gradients are fenced themselves.
 _ATTRIBUTES = frozenset(
@@ -39,6 +40,13 @@ unfenced = torch._C.DisableTorchFunctionSubclass
 """Scope in which the engine looks at tensors (sizes, addresses, versions) without waiting for anything."""
 
 
+class LeftOver(Protocol):
+    """Updated bytes of a unit that are in host memory still, though its home is a file."""
+
+    def copy_weights(self, slab: StoredSlab, target: Tensor) -> bool:
+        """Fill host memory, shape (slab.room_bytes,), uint8, with the slab's bytes; False if they are gone."""
+
+
 class Pending:
     """One unit's update under way.
 
@@ -48,12 +56,14 @@ class Pending:
 
     Attributes:
         done: the end of the update.
+        left_over: memory where a unit from files was updated, as long as nobody needs it for another.
     """
 
     def __init__(
         self, tensors: Iterable[Tensor | None], done: HostEvent, on_settled: Callable[[Pending], None]
     ) -> None:
         self.done = done
+        self.left_over: LeftOver | None = None
         self._on_settled = on_settled
         self._tensors: list[Tensor] = []
         self._lock = threading.RLock()

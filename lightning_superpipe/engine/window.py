@@ -14,6 +14,7 @@ class Window:
     Attributes:
         num_resident: units that stay beside the ``k``, evenly spread.
         num_fetches: buffers for units on their way from files.
+        in_memory: units that stay in host memory where the others lie in files.
     """
 
     k: int
@@ -22,3 +23,4 @@ class Window:
     slot_seed: int | None = None
     num_resident: int = 0
     num_fetches: int = 3
+    in_memory: frozenset[int] = frozenset()

@@ -18,6 +18,7 @@ from torch import nn
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.activations import choose_policies
 from lightning_superpipe.errors import BudgetError, ConfigError
+from lightning_superpipe.forecast.files import in_files
 from lightning_superpipe.forecast.machine import machine_profile
 from lightning_superpipe.forecast.played import MakeOptimizer, PlayedStep, Step, play
 from lightning_superpipe.forecast.workload import workload_on
@@ -206,9 +207,10 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
         )
     if profile.use_s == 0.0:
         remarks += ("the engine itself takes no time, and operations start at once",)
-    workload = workload_on(profile, played, host)
     speeds = profile.speeds(pinned=config.pin_memory is not False)
     limits, asked = _limits(profile, config), _asked(profile, played, config)
+    workload, files = in_files(workload_on(profile, played, host), config, played.host, speeds)
+    remarks += files
     try:
         choice, refusal = choose(workload, speeds, limits, asked), ""
     except BudgetError as error:

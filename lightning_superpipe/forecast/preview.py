@@ -10,9 +10,11 @@ from torch import nn
 
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.choices import memory_need, wire_of
+from lightning_superpipe.host_memory import files_for, stored_kinds, unit_sizes
 from lightning_superpipe.partition import UnitTable, partition, unit_table
 from lightning_superpipe.planning.actions import Op, Plan
 from lightning_superpipe.planning.budget import MemoryNeed, choose_k
+from lightning_superpipe.planning.disk_tier import FileChoice
 from lightning_superpipe.planning.disk_work import DiskWork, StoredUnit, disk_work
 from lightning_superpipe.planning.lower import forward_keep, lower_window
 from lightning_superpipe.planning.order import forward_order, training_order
@@ -35,6 +37,7 @@ class Preview:
         inference: plan of a forward pass that is repeated.
         peak_bytes: device bytes known before the first step; activations come on top.
         disk: what a training step with AdamW, all weights trained, moves between files and memory; None without files.
+        files: what the options leave open about files; None without files.
         endurance_tb: what may be written in the drive's life, 10^12 bytes; None if not known.
     """
 
@@ -45,6 +48,7 @@ class Preview:
     inference: Plan
     peak_bytes: int
     disk: DiskWork | None = None
+    files: FileChoice | None = None
     endurance_tb: float | None = None
 
     @property
@@ -58,12 +62,13 @@ class Preview:
 
     def _wear(self) -> list[str]:
         """Return what files cost, if there are any."""
-        if self.disk is None:
+        if self.disk is None or self.files is None:
             return []
         life = "set disk.endurance_tb to see what that costs of the drive's life"
         if self.endurance_tb is not None:
             life = f"{self.disk.life(self.endurance_tb):.2e} of the drive's life"
-        return [f"Files: {self.disk}, trained with AdamW: {life}."]
+        num_units = sum(row.role == "unit" for row in self.units)
+        return [f"Files: {self.disk}, trained with AdamW: {life}; {self.files.describe(num_units)}."]
 
     def _window(self) -> str:
         slots = self.k * self.units.largest.num_bytes
@@ -102,25 +107,31 @@ def preview(module: nn.Module, config: SuperpipeConfig) -> Preview:
     forward = forward_order(num_units)
     keep = forward_keep(forward, k, k_prime)
     first = lower_window(forward, k=k, k_prime=k_prime, keep=keep, cyclic=True)
+    files = files_for(module, [], config, need, wire_of(module, config), units)
+    training = lower_window(training_order(num_units), k=k, k_prime=k_prime)
     return Preview(
         units=units,
         k=k,
         k_prime=k_prime,
-        training=lower_window(training_order(num_units), k=k, k_prime=k_prime),
+        training=training,
         inference=lower_window(forward, k=k, k_prime=k_prime, resident=first.final_resident, keep=keep, cyclic=True),
         peak_bytes=predicted_peak_bytes(units, k),
-        disk=_disk_work(config, units, lower_window(training_order(num_units), k=k, k_prime=k_prime)),
+        disk=_disk_work(config, units, training, files),
+        files=files,
         endurance_tb=None if config.disk is None else config.disk.endurance_tb,
     )
 
 
-def _disk_work(config: SuperpipeConfig, units: UnitTable, plan: Plan) -> DiskWork | None:
+def _disk_work(config: SuperpipeConfig, units: UnitTable, plan: Plan, files: FileChoice) -> DiskWork | None:
     """What a step reads and writes, where kinds are in files."""
-    weights, states = config.is_on_disk("weights"), config.is_on_disk("states")
-    if not (weights or states):
+    kinds = stored_kinds(config) - {"activations"}
+    if not kinds:
         return None
-    sizes = [row.num_bytes for row in units if row.role == "unit"]
-    stored = [StoredUnit(size * weights, _STATES * size * states) for size in sizes]
+    weights, states, gradients = (kind in kinds for kind in ("weights", "states", "gradients"))
+    stored = []
+    for index, size in enumerate(unit_sizes(units)):
+        moved = 0 if index in files.in_memory else size
+        stored.append(StoredUnit(moved * weights, _STATES * moved * states, gradient_bytes=size * gradients))
     return disk_work((action.unit for action in plan.actions if action.op is Op.PREFETCH), stored)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning_superpipe.observe.trace import Lane, MemorySample, Recording, Span, rows_of
+from lightning_superpipe.observe.trace import MemorySample, Recording, Span, rows_of
 
 __all__ = ["chrome_trace"]
 
@@ -33,7 +33,7 @@ def chrome_trace(recording: Recording) -> dict[str, Any]:
 def _lane_events(recording: Recording) -> Iterator[Event]:
     """Yield the tracks of all lanes in drawing order, each followed by its spans."""
     track = 0
-    for lane in Lane:
+    for lane in recording.lanes:
         spans = recording.lane(lane)
         rows = rows_of(spans)
         for row in range(max(rows, default=0) + 1):

@@ -15,7 +15,11 @@ from lightning_superpipe.observe.trace import Lane, MemorySample, Recording, Spa
 __all__ = ["draw_memory", "draw_timeline"]
 
 _LANE_PX, _LANE_GAP_PX, _PHASES_PX = 34.0, 12.0, 26.0
-_JOBS = {Lane.COMPUTE: "busy", Lane.H2D: "weights in,", Lane.D2H: "gradients out,", Lane.HOST: "updates,"}
+_JOBS = {
+    **{Lane.COMPUTE: "busy", Lane.H2D: "weights in,", Lane.D2H: "gradients out,", Lane.HOST: "updates,"},
+    **{Lane.READ: "from files,", Lane.WRITE: "to files,"},
+}
+_NUMBERS = {4: "four", 5: "five", 6: "six"}
 _PHASES = {"F": "forward", "B": "backward"}
 _GRADIENT_WORK = frozenset("BG")  # tinted, where work on weights is solid
 _TINT = 0.35
@@ -36,7 +40,7 @@ class Phase(NamedTuple):
 
 
 def draw_timeline(recording: Recording, path: str | Path, dark: bool = False) -> None:
-    """Draw the four lanes of a step: units by colour, work on gradients tinted, stalls hatched, time in ms.
+    """Draw the lanes of a step: units by colour, work on gradients tinted, stalls hatched, time in ms.
 
     Args:
         recording: the step; it must hold spans.
@@ -49,16 +53,17 @@ def draw_timeline(recording: Recording, path: str | Path, dark: bool = False) ->
     """
     if not recording.spans or not recording.duration_s:
         raise SuperpipeError("the recording holds no spans: only a step that ran (record_step=...) has a timeline.")
-    height = _PHASES_PX + len(Lane) * (_LANE_PX + _LANE_GAP_PX)
+    lanes = recording.lanes
+    height = _PHASES_PX + len(lanes) * (_LANE_PX + _LANE_GAP_PX)
     with canvas(height, left_px=136, right_px=28, bottom_px=70, dark=dark) as page:
         page.axes.set_ylim(height, 0)
         page.axes.set_yticks([])
         page.time_axis(recording.duration_s * 1e3)
         page.axes.grid(axis="x", color=page.theme.faint, linewidth=0.8)
         waits = f"compute waits {recording.stall_seconds * 1e3:,.1f} of {recording.duration_s * 1e3:,.1f} ms"
-        page.title(_title("One step on four lanes", recording), f"{_setting(recording)}; {waits}")
+        page.title(_title(f"One step on {_NUMBERS[len(lanes)]} lanes", recording), f"{_setting(recording)}; {waits}")
         _draw_phases(page, _phases(recording), line_y=18, text_y=8)
-        for place, lane in enumerate(Lane):
+        for place, lane in enumerate(lanes):
             _draw_lane(page, recording, lane, top_px=_PHASES_PX + place * (_LANE_PX + _LANE_GAP_PX))
         _draw_key(page, len(recording.unit_names))
         page.save(path)

@@ -1,4 +1,4 @@
-"""What happened in one step: spans on four lanes and memory samples, as data that saves and opens in Perfetto."""
+"""What happened in one step: spans on lanes and memory samples, as data that saves and opens in Perfetto."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class Lane(str, Enum):
     H2D = "h2d"  # weights to the device, activations back
     D2H = "d2h"  # gradients and activations home
     HOST = "host"  # optimizer updates
+    READ = "read"  # from files into host memory
+    WRITE = "write"  # from host memory into files
+
+
+_OF_FILES = (Lane.READ, Lane.WRITE)
 
 
 class Span(NamedTuple):
@@ -35,7 +40,7 @@ class Span(NamedTuple):
     Attributes:
         lane: where it ran.
         name: ``"F"``, ``"B"``, ``"P"``, ``"G"``, ``"U"`` as in a plan, ``"A"`` for activations on their way home or
-            back, or ``"stall"`` for compute that waits.
+            back, or ``"stall"`` for compute that waits. On the lanes of files, what it was read or written for.
         unit: index of the unit, -1 where there is none.
         start_s: seconds, on the recording's clock.
         end_s: seconds, on the same clock.
@@ -119,6 +124,12 @@ class Recording:
     def peak(self) -> MemorySample | None:
         """The sample with the most bytes; None if memory was not sampled."""
         return max(self.samples, key=lambda sample: sample.total, default=None)
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        """The lanes of a step, in drawing order; those of files only where something was read or written."""
+        used = {span.lane for span in self.spans}
+        return tuple(lane for lane in Lane if lane in used or lane not in _OF_FILES)
 
     def lane(self, lane: Lane) -> tuple[Span, ...]:
         """Return the spans of one lane, by start time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.engine.fetching import Buffer
-from lightning_superpipe.engine.lanes import Event
+from lightning_superpipe.engine.lanes import now
 from lightning_superpipe.engine.pending import unfenced
 from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.observe.trace import Lane, Recorder
 from lightning_superpipe.optimizer.ledger import Ledger
 from lightning_superpipe.optimizer.separable import Member
 from lightning_superpipe.optimizer.stand_ins import StandIn
+from lightning_superpipe.optimizer.work_memory import Place
 from lightning_superpipe.tiers import StoredSlab
 
 __all__ = ["Bench", "StepOn"]
@@ -28,65 +28,74 @@ StepOn = Callable[[Optimizer, Sequence[dict[str, Any]], Sequence[StandIn]], list
 class Bench:
     """One unit's weights and states: read, updated, and written by three threads, one after the other.
 
-    Whatever the part changes is a stand-in: views of a buffer for what lies in files, copies of the rest (counters). So
-    nothing changes before :meth:`publish`.
+    Whatever the part changes is a stand-in: views of a place in memory for what lies in files, copies of the rest
+    (counters). So nothing changes before :meth:`publish`.
 
     Args:
         some: what is updated.
         states: slab of the states; None where none are in files yet.
         step_on: runs the step, see :func:`stand_ins.step_on`.
         can_undo: the step may be undone; otherwise what is in memory is changed where it is.
+
+    Attributes:
+        is_in_place: nothing of it is in files, so that all is changed where it is, whether a step is undone or not.
     """
 
     def __init__(
         self, unit: Unit, some: Sequence[Member], states: StoredSlab | None, step_on: StepOn, *, can_undo: bool
     ) -> None:
-        self.unit, self._states, self._step_on, self._can_undo = unit, states, step_on, can_undo
+        self.unit, self._states, self._step_on = unit, states, step_on
         stored = {id(parameter) for parameter in unit.in_slab()}
         # Adapters stay in memory: the frozen weights beside them are neither read nor written for their sake.
         self.writes_weights = any(id(member.parameter) in stored for member in some)
         self._weights = unit.stored if self.writes_weights else None
+        self.is_in_place = self._weights is None and self._states is None
+        self._copies_originals = can_undo and not self.is_in_place
         self._num_weight_bytes = 0 if self._weights is None else self._weights.room_bytes
         in_slab = set(range(len(unit.parameters))) - set(unit.strays())
         self._in_file = in_slab if self._weights is not None else set()
-        self._buffer: Buffer | None = None
-        self._free: Event | None = None
+        self._place: Place | None = None
+        self._turn = 0
+        self._published: Ledger | None = None
         self._members: Sequence[Member] = ()
-        self._stand_ins: list[StandIn] = []
         self._made: list[dict[str, Any]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._changed: list[nn.Parameter] = []
 
     @property
     def room_bytes(self) -> int:
-        """Bytes of the buffer that it needs."""
+        """Bytes of the place that it needs."""
         return self._num_weight_bytes + (0 if self._states is None else self._states.room_bytes)
-
-    def take(self, buffer: Buffer, until: Event) -> None:
-        """Use a buffer, once what used it before is over, until an event."""
-        self._buffer, self._free, buffer.free_after = buffer, buffer.free_after, until
 
     # -- the three threads
 
-    def fetch(self) -> None:
-        """Read weights and states."""
-        if self._free is not None:
-            with contextlib.suppress(Exception):  # its own waiters are told
-                self._free.synchronize()
+    def fetch(self, place: Place, recorder: Recorder | None) -> None:
+        """Read weights and states.
+
+        Args:
+            place: to work in, until :meth:`publish` has returned.
+            recorder: is told of reads, if there is one.
+        """
+        self._place, self._turn = place, place.turn
         for slab, memory in self._pieces():
+            start = now()
             slab.fetch(memory)
+            if recorder is not None:
+                recorder.span(Lane.READ, "U", self.unit.index, start, now(), memory.numel())
 
     def narrow(
         self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member]
     ) -> Callable[[], None]:
-        """Return the step on stand-ins and the gradients of now; to be called once the bytes are there."""
+        """Return the step on stand-ins and the gradients of now; it runs once the bytes are there."""
         self._members = some
-        self._stand_ins = [self._stand_in(optimizer, member) for member in some]
+        with unfenced():
+            gradients = [member.parameter.grad for member in some]
 
         def step() -> None:
-            before = [each.parameter._version for each in self._stand_ins]
-            self._made = self._step_on(optimizer, groups, self._stand_ins)
-            after = [each.parameter._version for each in self._stand_ins]
+            stand_ins = [self._stand_in(optimizer, *each) for each in zip(some, gradients, strict=True)]
+            before = [each.parameter._version for each in stand_ins]
+            self._made = self._step_on(optimizer, groups, stand_ins)
+            after = [each.parameter._version for each in stand_ins]
             self._changed = [
                 member.parameter
                 for member, *versions in zip(some, before, after, strict=True)
@@ -95,14 +104,17 @@ class Bench:
 
         return step
 
-    def publish(self, optimizer: Optimizer, ledger: Ledger) -> None:
+    def publish(self, optimizer: Optimizer, ledger: Ledger, recorder: Recorder | None) -> None:
         """Write weights and states; let what is in memory follow.
 
         Raises:
             TransferError: a write failed.
         """
         for slab, memory in self._pieces():
+            start = now()
             slab.store(memory)
+            if recorder is not None:
+                recorder.span(Lane.WRITE, "U", self.unit.index, start, now(), memory.numel())
         with unfenced(), torch.no_grad():
             for original, copy in self._copies:
                 ledger.note(partial(_put_back, original, original.clone()))
@@ -114,24 +126,39 @@ class Bench:
                     state[name] = value
             if self._changed:  # graphs that hold an old version must know, as without files
                 torch.autograd.graph.increment_version(self._changed)
-        self._buffer = None
+        self._published = ledger
+
+    def copy_weights(self, slab: StoredSlab, target: Tensor) -> bool:
+        """Copy the updated weights from where they were worked on; return False if they are not there any more.
+
+        Args:
+            slab: whose bytes are wanted.
+            target: shape (slab.room_bytes,), uint8.
+        """
+        place, ledger = self._place, self._published
+        if place is None or ledger is None or ledger.has_failed or slab is not self._weights:
+            return False
+        with place.lock:
+            is_there = place.turn == self._turn
+            if is_there:
+                target.numpy()[...] = place.piece(0, self._num_weight_bytes).numpy()  # one thread; torch would take all
+        return is_there
 
     # -- stand-ins
 
     def _pieces(self) -> list[tuple[StoredSlab, Tensor]]:
-        """The slabs, and their parts of the buffer."""
-        assert self._buffer is not None, "take() comes first"
+        """The slabs, and their parts of the place."""
+        assert self._place is not None, "fetch() comes first"
         pieces = []
         if self._weights is not None:
-            pieces.append((self._weights, self._buffer.piece(0, self._num_weight_bytes)))
+            pieces.append((self._weights, self._place.piece(0, self._num_weight_bytes)))
         if self._states is not None:
-            pieces.append((self._states, self._buffer.piece(self._num_weight_bytes, self._states.room_bytes)))
+            pieces.append((self._states, self._place.piece(self._num_weight_bytes, self._states.room_bytes)))
         return pieces
 
-    def _stand_in(self, optimizer: Optimizer, member: Member) -> StandIn:
+    def _stand_in(self, optimizer: Optimizer, member: Member, gradient: Tensor | None) -> StandIn:
         with unfenced(), torch.no_grad():
             parameter = member.parameter
-            gradient = parameter.grad
             assert gradient is not None, "members have gradients"
             state = optimizer.state.get(parameter, {})
             entries = {
@@ -143,18 +170,18 @@ class Bench:
         index = next((i for i in self._in_file if self.unit.parameters[i] is parameter), None)
         if index is None or not parameter.numel():
             return self._copy(parameter.data)
-        assert self._buffer is not None, "take() comes first"
-        return _view(self._buffer.slab.bytes, self.unit.host_offsets[index], parameter)
+        assert self._place is not None, "fetch() comes first"
+        return _view(self._place.slab.bytes, self.unit.host_offsets[index], parameter)
 
     def _entry(self, value: Tensor) -> Tensor:
         slab = self._states
         if slab is None or not value.numel() or not 0 <= (at := _offset_in(slab, value)) < slab.num_bytes:
             return self._copy(value)
-        assert self._buffer is not None, "take() comes first"
-        return _view(self._buffer.slab.bytes, self._num_weight_bytes + at, value)
+        assert self._place is not None, "fetch() comes first"
+        return _view(self._place.slab.bytes, self._num_weight_bytes + at, value)
 
     def _copy(self, original: Tensor) -> Tensor:
-        if not self._can_undo:
+        if not self._copies_originals:
             return original
         copy = original.clone()
         self._copies.append((original, copy))

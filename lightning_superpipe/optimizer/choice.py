@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from lightning_superpipe.config import Disk, SuperpipeConfig
+from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.stage import UpdateStage
 from lightning_superpipe.optimizer.stored import StoredUpdates
+from lightning_superpipe.planning.disk_tier import FileChoice
 from lightning_superpipe.tiers import Tier
 
 __all__ = ["make_stage"]
 
 
-def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None, tier: Tier) -> UpdateStage | None:
+def make_stage(
+    engine: Engine, config: SuperpipeConfig, masters: Masters | None, tier: Tier, files: FileChoice
+) -> UpdateStage | None:
     """Return the stage that splits optimizer steps; None where they stay whole.
 
     Args:
         tier: of the session; updates of what it keeps in files are split in any case.
+        files: how these travel, and which units do not.
     """
     hostile = config.adversary
     is_stored = not (tier.part("weights").is_memory and tier.part("states").is_memory)
@@ -38,5 +42,5 @@ def make_stage(engine: Engine, config: SuperpipeConfig, masters: Masters | None,
         masters=masters,
         in_thread=not at_once,
         device=device,
-        stored=StoredUpdates(tier, (config.disk or Disk()).ring, masters, engine.invalidate) if is_stored else None,
+        stored=StoredUpdates(tier, files, masters, engine.lanes, engine.invalidate) if is_stored else None,
     )

@@ -23,11 +23,16 @@ Narrow = Callable[[Optimizer, Sequence[dict[str, Any]], Sequence[Member]], Calla
 
 @dataclass
 class Announced:
-    """A step that will follow the backward pass to come, and what has been updated of it."""
+    """A step that will follow the backward pass to come, and what has been updated of it.
+
+    Attributes:
+        ranks: place of each unit in the order in which the next forward is expected to need them.
+    """
 
     optimizer: Optimizer
     groups: list[dict[str, Any]]
     members: dict[int, list[Member]]
+    ranks: dict[int, int]
     home: dict[int, Counter[int]] = field(default_factory=dict)
     updated: dict[int, Part] = field(default_factory=dict)
 

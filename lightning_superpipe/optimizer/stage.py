@@ -183,13 +183,13 @@ class UpdateStage:
         of_units = by_unit(self._engine.catalog, everything)
         started = {id(member.parameter) for index in updated for member in of_units.get(index, [])}
         waiting: list[Unit] = []
-        for unit in self._engine.units_by_need():
+        for rank, unit in enumerate(self._engine.units_by_need()):
             if unit.index in updated or not (some := of_units.get(unit.index)):
                 continue
             part, bench = self._prepare(unit, optimizer, groups, some)
             may_start = self._may_start(part)
             if may_start or bench is not None:
-                self._start(unit, part, bench, after=Past())
+                self._start(unit, part, bench, after=Past(), rank=rank)
                 if part.is_unscaled:
                     self._scales.submit(part.scale, after=Past())  # ahead of its update
                 started.update(id(member.parameter) for member in some)
@@ -241,13 +241,13 @@ class UpdateStage:
             return False
         return may_be_held([*part.tensors(), *(gradient for gradient in part.gradients() if gradient is not None)])
 
-    def _start(self, unit: Unit, part: Part, bench: Bench | None, *, after: Event) -> None:
-        """Run a part in the thread, after an event that completes its gradients."""
+    def _start(self, unit: Unit, part: Part, bench: Bench | None, *, after: Event, rank: int) -> None:
+        """Run a part in the thread, after an event that completes its gradients; ``rank``: place in order of need."""
         self.num_parts += 1
         delay = self._rng.random() * self._max_delay_ms / 1e3
         if bench is not None and self._stored is not None:
             work = partial(self._run, unit.index, delay)
-            unit.pending = self._stored.start(part, bench, work, after=after, done=HostEvent())
+            unit.pending = self._stored.start(part, bench, work, after=after, done=HostEvent(), rank=rank)
             return
         place = None if self.device is None else self.device.place_for(unit, part)
         done = HostEvent() if place is None else place.ending
@@ -280,9 +280,8 @@ class UpdateStage:
     def _may_lend(self, index: int) -> bool:
         """Whether a unit will be updated as soon as its gradients are home, so that nobody needs them afterwards."""
         announced = self._announced
-        if announced is None or index not in announced.members:
-            return False
-        if index in announced.home or not self._comes_once(index):
+        is_awaited = announced is not None and index in announced.members and index not in announced.home
+        if announced is None or not is_awaited or not self._comes_once(index):
             return False
         part = self._part(announced.optimizer, announced.groups, announced.members[index])
         return all(each.parameter.grad is None for each in part.members) and self._may_start(part)
@@ -321,7 +320,8 @@ class UpdateStage:
             for parameter in group["params"]
             if parameter.requires_grad or parameter.grad is not None
         ]
-        self._announced = Announced(optimizer, options(optimizer), by_unit(self._engine.catalog, everything))
+        ranks = {unit.index: rank for rank, unit in enumerate(self._engine.units_by_need())}
+        self._announced = Announced(optimizer, options(optimizer), by_unit(self._engine.catalog, everything), ranks)
         self._engine.gradients.on_home = self._note_home
         self._engine.gradients.may_lend = self._may_lend if lends and self._stored is None else None
 
@@ -374,7 +374,7 @@ class UpdateStage:
         part, bench = self._prepare(unit, announced.optimizer, announced.groups, some)
         if self._may_start(part):
             announced.updated[index] = part
-            self._start(unit, part, bench, after=landed)
+            self._start(unit, part, bench, after=landed, rank=announced.ranks[index])
 
     def _comes_once(self, index: int) -> bool:
         """Whether a unit's gradients come once in this backward pass.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
-from lightning_superpipe.engine.fetching import Ring
 from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past
-from lightning_superpipe.engine.lanes import Event
-from lightning_superpipe.engine.pending import Pending
+from lightning_superpipe.engine.lanes import Event, Lanes
+from lightning_superpipe.engine.pending import Pending, unfenced
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.optimizer.bench import Bench, StepOn
 from lightning_superpipe.optimizer.ledger import Ledger
@@ -21,6 +20,8 @@ from lightning_superpipe.optimizer.separable import Member
 from lightning_superpipe.optimizer.stand_ins import step_on
 from lightning_superpipe.optimizer.state_homes import StateHomes
 from lightning_superpipe.optimizer.state_size import missing_state_bytes
+from lightning_superpipe.optimizer.work_memory import Place, Ranked, WorkMemory
+from lightning_superpipe.planning.disk_tier import FileChoice
 from lightning_superpipe.tiers import Tier
 
 __all__ = ["StoredUpdates"]
@@ -28,25 +29,45 @@ __all__ = ["StoredUpdates"]
 Work = Callable[[Part, Pending], None]
 
 
+class _Job(NamedTuple):
+    """A part on its way through the three threads."""
+
+    part: Part
+    bench: Bench
+    work: Callable[[], None]
+    ledger: Ledger
+    after: Event
+    done: HostEvent
+
+
 class StoredUpdates:
     """Runs the parts of units that lie in files.
 
+    Parts that wait for their read are taken in the order in which the next forward needs their units: what comes home
+    last in backward is needed first, and the rest runs on under the forward.
+
     Args:
         tier: of the session; its parts say which kinds are in files.
-        num_buffers: for units on their way from files to their update and back.
+        files: how many buffers there are on the way to an update and back, and which units stay in memory.
         masters: runs the steps where parameters have master weights.
+        lanes: of the engine; their recorder is told of reads and writes.
         on_failed: called by whoever is told that a step failed.
     """
 
-    def __init__(self, tier: Tier, num_buffers: int, masters: Masters | None, on_failed: Callable[[], None]) -> None:
-        self._tier, self._masters, self._on_failed = tier, masters, on_failed
+    def __init__(
+        self, tier: Tier, files: FileChoice, masters: Masters | None, lanes: Lanes, on_failed: Callable[[], None]
+    ) -> None:
+        self._in_memory = files.in_memory
+        self._tier, self._masters, self._lanes, self._on_failed = tier, masters, lanes, on_failed
         self._step_on: StepOn = step_on if masters is None else masters.step_on
         states = tier.part("states")
         self.homes = None if states.is_memory else StateHomes(states)
-        self._ring = Ring(tier.part("wire"), num_buffers)
+        self._memory = WorkMemory(tier.part("wire"), files.ring)
+        self._waiting: Ranked[_Job] = Ranked()
         self._reads, self._lane = HostLane("superpipe-read-states"), HostLane("superpipe-update")
         self._writes = HostLane("superpipe-write")
         self._ledger: Ledger | None = None
+        self._num_steps = 0
 
     @property
     def ledger(self) -> Ledger:
@@ -67,45 +88,58 @@ class StoredUpdates:
 
     def _adopt(self, unit: Unit, optimizer: Optimizer) -> None:
         """Move a unit's states into files; where little of it is trained they stay in memory, as what is trained."""
-        if self.homes is not None and unit.is_mostly_trained:
+        if self.homes is not None and unit.is_mostly_trained and unit.index not in self._in_memory:
             self.homes.adopt(unit, optimizer)
 
-    def start(self, part: Part, bench: Bench, work: Work, *, after: Event, done: HostEvent) -> Pending:
+    def start(self, part: Part, bench: Bench, work: Work, *, after: Event, done: HostEvent, rank: int = 0) -> Pending:
         """Read, update and write a unit, each as soon as it can be; ``done`` passes in any case, see :class:`Ledger`.
 
         Args:
             work: runs the part.
+            after: completes its gradients.
+            rank: of those that wait for their read, the lowest comes first.
         """
-        ledger, unit = self.ledger, bench.unit
-        pending = Pending(part.tensors(), done, partial(_settled, unit, ledger))
-        buffer = self._ring.take(bench.room_bytes)
-        assert buffer is not None, "nobody holds these buffers"
-        bench.take(buffer, until=done)
-        fetched = self._reads.submit(bench.fetch, after=Past())
+        ledger = self.ledger
+        pending = Pending(part.tensors(), done, partial(_settled, bench.unit, ledger))
         if isinstance(after, Past):
             try:
                 part.take_gradients(pending)
             except BaseException:
                 done.set()  # nobody shall wait for what never starts
                 raise
-
-        def update() -> None:
-            fetched.synchronize()
-            if not ledger.has_failed:
-                work(part, pending)
-
-        def publish() -> None:
-            try:
-                updated.synchronize()
-                if not ledger.has_failed:
-                    bench.publish(part.optimizer, ledger)
-                    self._adopt(unit, part.optimizer)
-            except BaseException as error:
-                ledger.fail(unit.name, error)
-
-        updated = self._lane.submit(update, after=after)
-        self._writes.submit(publish, after=Past(), done=done)
+        pending.left_over = bench
+        self._memory.grow(bench.room_bytes)
+        self._waiting.push(
+            (self._num_steps, rank), _Job(part, bench, partial(work, part, pending), ledger, after, done)
+        )
+        self._reads.submit(self._read_next, after=Past())
         return pending
+
+    def _read_next(self) -> None:
+        """Read what is most urgent now, and hand it on to the two other threads."""
+        place = self._memory.take()
+        job = self._waiting.pop()
+        fetched = HostEvent()
+        try:
+            if not job.ledger.has_failed:
+                job.bench.fetch(place, self._lanes.recorder)
+        except BaseException as error:
+            fetched.error = error
+        fetched.set()
+        updated = self._lane.submit(partial(_update, job, fetched), after=job.after)
+        self._writes.submit(partial(self._publish, job, place, updated), after=Past(), done=job.done)
+
+    def _publish(self, job: _Job, place: Place, updated: HostEvent) -> None:
+        unit, ledger = job.bench.unit, job.ledger
+        try:
+            updated.synchronize()
+            if not ledger.has_failed:
+                job.bench.publish(job.part.optimizer, ledger, self._lanes.recorder)
+                self._adopt(unit, job.part.optimizer)
+        except BaseException as error:
+            ledger.fail(unit.name, error)
+        finally:
+            self._memory.give_back(place)
 
     def adopt(self, optimizer: Optimizer, units: Iterable[Unit]) -> None:
         """Move states that an optimizer has or has loaded into files, and take the room that the others will need.
@@ -122,13 +156,18 @@ class StoredUpdates:
 
     def finish(self) -> None:
         """All parts of the step have been started."""
-        if self._ledger is not None:
-            self._writes.submit(self._ledger.commit, after=Past())
-        self._ledger = None
+        ledger, self._ledger = self._ledger, None
+        self._num_steps += 1
+        if ledger is not None:  # behind the last of its parts, which the reading thread hands on
+            self._reads.submit(partial(self._commit, ledger), after=Past())
+
+    def _commit(self, ledger: Ledger) -> None:
+        self._writes.submit(ledger.commit, after=Past())
 
     def abandon(self) -> bool:
         """No step follows the parts that have run, and nothing is under way; return whether they were undone."""
         ledger, self._ledger = self._ledger, None
+        self._num_steps += 1
         if ledger is None:
             return False
         if self._tier.can_undo:
@@ -142,7 +181,19 @@ class StoredUpdates:
         """Finish what is under way and end the threads."""
         for lane in (self._reads, self._lane, self._writes):
             lane.close()
-        self._ring.close()
+        self._memory.close()
+
+
+def _update(job: _Job, fetched: HostEvent) -> None:
+    fetched.synchronize()
+    part, ledger = job.part, job.ledger
+    if job.bench.is_in_place:
+        with ledger.lock, unfenced():  # a part that fails undoes this as well
+            if not ledger.has_failed:
+                ledger.remember(part.optimizer, part.members)
+                job.work()
+    elif not ledger.has_failed:
+        job.work()
 
 
 def _settled(unit: Unit, ledger: Ledger, pending: Pending) -> None:

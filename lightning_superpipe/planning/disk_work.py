@@ -20,11 +20,13 @@ class StoredUnit:
         weight_bytes: read before each load.
         state_bytes: read by each update.
         is_updated: its update reads and writes weights and states; frozen units are only read.
+        gradient_bytes: written when they come home; what reads them pages them in.
     """
 
     weight_bytes: int = 0
     state_bytes: int = 0
     is_updated: bool = True
+    gradient_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,4 +67,5 @@ def disk_work(loads: Iterable[int], units: Sequence[StoredUnit]) -> DiskWork:
     DiskWork(read_bytes=24, written_bytes=12)
     """
     updated = sum(unit.weight_bytes + unit.state_bytes for unit in units if unit.is_updated)
-    return DiskWork(sum(units[index].weight_bytes for index in loads) + updated, updated)
+    gradients = sum(unit.gradient_bytes for unit in units)
+    return DiskWork(sum(units[index].weight_bytes for index in loads) + updated, updated + gradients)

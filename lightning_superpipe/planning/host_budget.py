@@ -22,6 +22,7 @@ class HostNeed:
         gradients: of the trained parameters; 0 where nothing is trained.
         states: of the optimizers that are known so far.
         masters: float32 copies of parameters of 2 bytes.
+        undo: copies of what a step with files changes in memory, until it is finished.
         held: those of the above that have their memory by now.
     """
 
@@ -30,6 +31,7 @@ class HostNeed:
     gradients: int = 0
     states: int = 0
     masters: int = 0
+    undo: int = 0
     held: int = 0
 
     @property
@@ -39,9 +41,18 @@ class HostNeed:
         >>> HostNeed(weights=40, gradients=40, states=80, held=40).total
         160
         """
-        return self.weights + self.staging + self.gradients + self.states + self.masters
+        return self.weights + self.staging + self.gradients + self.states + self.masters + self.undo
 
-    def with_files(self, kinds: Container[str], *, streamed: int, largest: int, num_buffers: int) -> HostNeed:
+    def with_files(
+        self,
+        kinds: Container[str],
+        *,
+        streamed: int,
+        largest: int,
+        num_buffers: int,
+        undo: bool = False,
+        kept: int = 0,
+    ) -> HostNeed:
         """What is left in host memory when kinds of bytes live in files.
 
         Units go there; anchors stay, with their gradients and states. Buffers come in: for units on their way to the
@@ -52,23 +63,30 @@ class HostNeed:
             streamed: bytes of the weights of all units.
             largest: of the largest unit.
             num_buffers: of each ring.
+            undo: a step that fails is undone.
+            kept: bytes of ``streamed`` whose weights and states stay in memory.
 
         >>> need = HostNeed(weights=100, gradients=100, states=200, held=100)
         >>> need.with_files({"weights", "states"}, streamed=90, largest=10, num_buffers=3).total
         250
+        >>> need.with_files({"states"}, streamed=90, largest=10, num_buffers=3, undo=True).undo
+        90
         """
-        staying = 1 - streamed / max(self.weights, 1)
+        moved = streamed - kept
+        staying = 1 - moved / max(self.weights, 1)
         per_weight = (self.states + self.masters) / max(self.weights, 1)
         staging, stored = self.staging, {}
         if "weights" in kinds:
-            stored["weights"] = self.weights - streamed
+            stored["weights"] = self.weights - moved
             staging += num_buffers * largest
         if "states" in kinds:
             stored |= {"states": round(self.states * staying), "masters": round(self.masters * staying)}
         if "gradients" in kinds:
-            stored["gradients"] = round(self.gradients * staying)
+            stored["gradients"] = round(self.gradients * (1 - streamed / max(self.weights, 1)))
         if self.gradients and ("weights" in kinds or "states" in kinds):
             staging += round(num_buffers * largest * (("weights" in kinds) + per_weight * ("states" in kinds)))
+            in_memory = kept + moved * ("weights" not in kinds) + per_weight * (kept + moved * ("states" not in kinds))
+            stored["undo"] = round(in_memory) if undo else 0
         return replace(self, staging=staging, **stored)
 
     def check(self, *, available: int, limit: int | None) -> None:
@@ -99,6 +117,7 @@ class HostNeed:
             "gradients": self.gradients,
             "optimizer states": self.states,
             "float32 masters": self.masters,
+            "copies for disk.undo": self.undo,
         }
         listed = ", ".join(f"{_size(size)} of {kind}" for kind, size in kinds.items() if size)
         return f"training needs {_size(total)} of host memory: {listed}"
@@ -110,6 +129,8 @@ class HostNeed:
             ways.append("take an optimizer with smaller states (Adafactor, SGD)")
         if self.masters:
             ways.append("leave master_weights out")
+        if self.undo:
+            ways.append("set disk.undo=False")
         return f"Use a host with more memory, or {', or '.join(ways)}."
 
 

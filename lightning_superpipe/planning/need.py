@@ -114,7 +114,7 @@ def host_use(workload: Workload, setting: Setting) -> HostUse:
         if workload.trains and index >= workload.lowest and setting.policy(index) == "offload"
     ]
     return HostUse(
-        weights=workload.anchor_bytes + sum(unit.weight_bytes for unit in units),
+        weights=workload.anchor_bytes + sum(unit.weight_bytes for unit in units if not unit.disk_read_bytes),
         gradients=sum(unit.gradient_bytes for unit in units) if workload.trains else 0,
         states=sum(unit.state_bytes for unit in units) if workload.trains else 0,
         activations=sum(offloads),

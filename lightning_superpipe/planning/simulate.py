@@ -30,7 +30,7 @@ from lightning_superpipe.planning.need import (
 )
 from lightning_superpipe.planning.order import forward_order, training_order
 from lightning_superpipe.planning.prediction import LaneSeconds, PeakBytes, Prediction
-from lightning_superpipe.planning.workload import Setting, Speeds, Workload
+from lightning_superpipe.planning.workload import Curve, Setting, Speeds, Workload
 
 __all__ = ["simulate"]
 
@@ -218,12 +218,15 @@ class _Run:
             return
         index, unit = action.unit, self.units[action.unit]
         ready_s = max(self.now, self.updated_s[index])
-        if unit.disk_read_bytes and self.speeds.disk_read is not None:
-            ready_s = self._use_disk(self.speeds.disk_read.seconds(unit.disk_read_bytes), ready_s)
+        ready_s = self._use_disk(self.speeds.disk_read, unit.disk_read_bytes, ready_s)
         self.arrivals[index] = self._to_device(unit.weight_bytes, ready_s)
         self.num_loads += 1
 
-    def _use_disk(self, seconds: float, ready_s: float) -> float:
+    def _use_disk(self, curve: Curve | None, num_bytes: int, ready_s: float) -> float:
+        """Read or write, one after the other: a disk that does both at once is no faster."""
+        if curve is None or not num_bytes:
+            return ready_s
+        seconds = curve.seconds(num_bytes)
         self.disk_s += seconds
         self.disk_free_s = max(self.disk_free_s, ready_s) + seconds
         return self.disk_free_s
@@ -365,12 +368,10 @@ class _Run:
 
     def _update_one(self, index: int, ready_s: float) -> None:
         unit = self.units[index]
+        ready_s = self._use_disk(self.speeds.disk_read, unit.disk_update_bytes, ready_s)
         self.host_free_s = max(self.host_free_s, ready_s) + unit.update_s
         self.host_s += unit.update_s
-        self.updated_s[index] = self.host_free_s
-        if unit.disk_write_bytes and self.speeds.disk_write is not None:
-            written_s = self.speeds.disk_write.seconds(unit.disk_write_bytes)
-            self.updated_s[index] = self._use_disk(written_s, self.host_free_s)
+        self.updated_s[index] = self._use_disk(self.speeds.disk_write, unit.disk_write_bytes, self.host_free_s)
 
     # -- memory
 

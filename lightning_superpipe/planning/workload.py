@@ -99,6 +99,7 @@ class UnitWork:
         policies: what may become of its activations.
         splits: whether its batch may be split into micro-batches.
         disk_read_bytes: read from a disk before each load.
+        disk_update_bytes: read from a disk by each update.
         disk_write_bytes: written to a disk by each update.
     """
 
@@ -118,6 +119,7 @@ class UnitWork:
     policies: tuple[str, ...] = ("keep", "recompute", "offload")
     splits: bool = True
     disk_read_bytes: int = 0
+    disk_update_bytes: int = 0
     disk_write_bytes: int = 0
 
 

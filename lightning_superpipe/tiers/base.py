@@ -95,6 +95,10 @@ class Tier(ABC):
         """Whether a tensor shall move here. What the user has put into read-only files may stay there."""
         return True
 
+    def note_written(self, num_bytes: int) -> None:
+        """So many bytes have been written to tensors carved from slabs, for those who count."""
+        return
+
     def commit(self) -> None:
         """What was stored so far stays: a step is finished."""
         return

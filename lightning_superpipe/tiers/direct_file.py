@@ -41,7 +41,7 @@ class DirectFile:
 
     Attributes:
         is_direct: reads and writes go past the page cache.
-        num_read_bytes, num_written_bytes: by requests.
+        num_read_bytes, num_written_bytes: by requests, and what :meth:`count` was told.
         descriptor: for mappings.
 
     Raises:
@@ -102,12 +102,18 @@ class DirectFile:
             OSError: a request failed or the file ends too early.
         """
         self._run(_read_all, offset, target)
-        self.num_read_bytes += target.numel()
+        self.count(read=target.numel())
 
     def write(self, offset: int, source: Tensor) -> None:
         """Write host memory to the file; as :meth:`read`."""
         self._run(_write_all, offset, source)
-        self.num_written_bytes += source.numel()
+        self.count(written=source.numel())
+
+    def count(self, *, read: int = 0, written: int = 0) -> None:
+        """Count bytes that have crossed; from any thread."""
+        with self._lock:
+            self.num_read_bytes += read
+            self.num_written_bytes += written
 
     def _run(self, request: Callable[[int, memoryview, int], None], offset: int, memory: Tensor) -> None:
         view = memoryview(memory.numpy())  # type: ignore[arg-type]  # arrays are buffers

@@ -63,7 +63,7 @@ class DiskSlab(StoredSlab):
         return flat.as_strided(like.size(), like.stride()).data  # `.data`: as HostSlab.carve
 
     def note_written(self, num_bytes: int) -> None:
-        self._file.num_written_bytes += num_bytes
+        self._file.count(written=num_bytes)
 
     def fetch(self, target: Tensor) -> None:
         self._check(target)
@@ -185,6 +185,9 @@ class DiskTier(Tier):
             if slab.num_bytes and 0 <= (inside := address - slab.bytes.data_ptr()) < slab.num_bytes:
                 return slab.offset + inside
         return None
+
+    def note_written(self, num_bytes: int) -> None:
+        self.file.count(written=num_bytes)
 
     def note_stored(self, slab: DiskSlab) -> None:
         """A slab has been stored beside its bytes from before the step."""

@@ -21,6 +21,7 @@ __all__ = ["MANIFEST", "Folder"]
 
 MANIFEST = "manifest.json"
 _LOCK = "lock"
+_OWN = "superpipe-"
 _SUFFIX = ".bytes"
 _IN_MEMORY = ("tmpfs", "ramfs")
 
@@ -129,7 +130,28 @@ def _own_folder() -> Path:
     if _mount_of(temporary).kind in _IN_MEMORY:
         temporary = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lightning_superpipe"
         temporary.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="superpipe-", dir=temporary))
+    for left in temporary.glob(f"{_OWN}*/{_LOCK}"):
+        with contextlib.suppress(OSError):  # somebody else's, or gone by now
+            _clear_away(left)
+    return Path(tempfile.mkdtemp(prefix=_OWN, dir=temporary))
+
+
+def _clear_away(lock: Path) -> None:
+    """Remove a folder of its own that a killed run has left; its files went with the process.
+
+    Raises:
+        OSError: it is in use, or something else is in it.
+    """
+    if not lock.read_text().strip():  # a run that has made its folder a moment ago, and will lock it
+        return
+    descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if {path.name for path in lock.parent.iterdir()} == {_LOCK}:
+            lock.unlink()
+            lock.parent.rmdir()
+    finally:
+        os.close(descriptor)
 
 
 def _mount_of(path: Path) -> _Mount:

@@ -22,7 +22,13 @@ _UNDONE = ("weights", "states")  # what an update changes
 
 
 class DiskTraffic(NamedTuple):
-    """Bytes read from and written to files by requests; what mappings page in and out is the system's."""
+    """Bytes read from and written to files.
+
+    Attributes:
+        read: by requests; what the system pages in where somebody looks at a mapping is not known.
+        written: by requests, and by the engine through mappings (gradients, activations, what moves into files), each
+            time it writes them: the system writes such pages back once at most.
+    """
 
     read: int = 0
     written: int = 0
@@ -45,7 +51,7 @@ class Places(Tier):
         self._folder: Folder | None = None
         kinds = [kind for kind in STORED_KINDS if config.is_on_disk(kind)]
         if kinds:
-            self._open(kinds, config.disk or Disk(), with_undo=trains and set(_UNDONE) <= set(kinds))
+            self._open(kinds, config.disk or Disk(), with_undo=trains and not set(_UNDONE).isdisjoint(kinds))
 
     def _open(self, kinds: list[str], options: Disk, *, with_undo: bool) -> None:
         self._folder = Folder(options)

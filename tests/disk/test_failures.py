@@ -92,6 +92,35 @@ def test_failed_step_is_undone_and_training_goes_on_bit_for_bit(
     assert finished(expected, model, optimizer) == NUM_ALL
 
 
+@pytest.mark.parametrize("host_memory", [None, "1GiB"])
+@pytest.mark.parametrize("store", ["disk", {"states": "disk"}, {"weights": "disk"}])
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("update", ["at_once", "after_backward"])
+def test_failed_step_is_undone_where_a_part_of_it_is_in_memory(
+    store: Any, after: int, update: str, host_memory: str | None, monkeypatch: Patch
+) -> None:
+    expected = reference()
+    model, optimizer = make()
+    if host_memory is not None:
+        host_memory = str(24 * sum(parameter.numel() for parameter in model.parameters()))  # for a part of the units
+    with attach(model, optimizer, device="cpu", k=2, store=store, update=update, host_memory=host_memory):
+        for number in range(NUM_GOOD):
+            step(model, optimizer, number)
+        assert finished(expected, model, optimizer) == NUM_GOOD
+        fault = Fault("pwritev", after)
+        with monkeypatch.context() as patched, pytest.raises(TransferError, match="has been undone"):
+            patched.setattr(os, "pwritev", fault)
+            for number in range(NUM_GOOD, NUM_ALL):
+                step(model, optimizer, number)
+            left(model, optimizer)  # who looks is told
+        optimizer.zero_grad()
+        at = finished(expected, model, optimizer)
+        assert at is not None, "weights and states are not those of a finished step"
+        for number in range(at, NUM_ALL):
+            step(model, optimizer, number)
+        assert finished(expected, model, optimizer) == NUM_ALL
+
+
 def test_first_step_is_undone_with_the_states_that_it_made(monkeypatch: Patch) -> None:
     model, optimizer = make()
     before = left(model, optimizer)

@@ -64,9 +64,9 @@ def split(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
     parts: list[tuple[bool, int]] = []
     start = UpdateStage._start
 
-    def noting(self: Any, unit: Any, part: Any, bench: Any, *, after: Any) -> None:
+    def noting(self: Any, unit: Any, part: Any, bench: Any, **options: Any) -> None:
         parts.append((self._announced is not None, unit.index))
-        start(self, unit, part, bench, after=after)
+        start(self, unit, part, bench, **options)
 
     monkeypatch.setattr(UpdateStage, "_start", noting)
     return parts

@@ -1,0 +1,60 @@
+"""Lightning's Trainer with files: it announces its steps, so units are updated in backward, to the ordinary bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_superpipe import SuperpipeStrategy
+from lightning_superpipe.observe.trace import Lane, Recording
+from tests.disk.loops import WIDTH, Left, Model, left
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+NUM_STEPS = 5
+
+
+class Module(L.LightningModule):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model, self.fused = Model(), fused
+        self.losses: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.model(batch).pow(2).mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, fused=self.fused)
+
+
+def fit(strategy: Any, *, fused: bool, **options: Any) -> Left:
+    batches = list(torch.randn(NUM_STEPS, 4, WIDTH, generator=torch.Generator().manual_seed(0)))
+    module = Module(fused)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", strategy=strategy, **quiet, **options)
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return left(module.model, trainer.optimizers[0], module.losses)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("store", ["disk", {"weights": "disk"}, {"states": "disk"}])
+def test_trainer_updates_units_from_files_in_backward_to_the_same_bits(store: Any, fused: bool) -> None:
+    strategy = SuperpipeStrategy(k=2, store=store, record_step=3)
+    assert fit(strategy, fused=fused).equals(fit("auto", fused=fused))
+    recording = strategy.recording
+    assert isinstance(recording, Recording)
+    backward = max(span.end_s for span in recording.lane(Lane.COMPUTE) if span.name == "B")
+    first = min(span.start_s for span in recording.lane(Lane.HOST) if span.name == "U")
+    assert first < backward, "no unit was updated before backward was over"
+
+
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 2}])
+def test_trainer_that_looks_at_gradients_or_adds_to_them_has_the_same_bits(options: dict[str, Any]) -> None:
+    strategy = SuperpipeStrategy(k=2, store="disk")
+    assert fit(strategy, fused=False, **options).equals(fit("auto", fused=False, **options))

@@ -1,0 +1,202 @@
+"""When units from files are updated, what is read for that, what stays in memory, and what a recording shows of it."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_superpipe import attach
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.errors import BudgetError
+from lightning_superpipe.forecast.preview import preview
+from lightning_superpipe.observe.pictures import draw_timeline
+from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.optimizer.bench import Bench
+from tests.disk.loops import EVERYTHING, NUM_BLOCKS, WIDTH, Left, Model, left, make, step, train
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROWS = 256  # smaller activations stay where they are
+ALL_BYTES = 16 * sum(parameter.numel() for parameter in Model().parameters())
+
+
+def announced(store: Any, *, steps: int = 4, broken_at: int | None = None) -> tuple[Left, list[int]]:
+    """Train in a loop that promises to look at no gradient; return what is left, and bytes written before each step."""
+    model, optimizer = make()
+    losses, early = [], []
+    with attach(model, optimizer, device="cpu", k=2, store=store) as pipe:
+        for number in range(steps):
+            x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(number))
+            loss = model(x).float().pow(2).mean()
+            with pipe.updating(optimizer):
+                before = pipe.report().total.disk_written_bytes
+                loss.backward()
+                model.blocks[-1].up.weight.sum()  # who looks waits for the update
+                early.append(pipe.report().total.disk_written_bytes - before)
+                optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return left(model, optimizer, losses), early
+
+
+@pytest.mark.parametrize("store", ["disk", {"weights": "disk"}, {"states": "disk"}])
+def test_loop_that_looks_at_no_gradient_updates_in_backward_to_the_same_bits(store: Any) -> None:
+    found, early = announced(store)
+    assert found.equals(train(None))
+    assert early[0] == 0, "the first step makes the states, in the optimizer's own order"
+    assert all(early[2:]), "no unit was written before the step was asked for"
+
+
+def test_what_waits_at_the_end_of_backward_is_read_in_the_order_of_the_next_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetch, order, may_go_on = Bench.fetch, [], threading.Event()
+
+    def slow(self: Bench, *args: Any) -> None:
+        order.append(self.unit.index)
+        may_go_on.wait(60)
+        fetch(self, *args)
+
+    model, optimizer = make()
+    with attach(model, optimizer, device="cpu", k=2, store="disk") as pipe:
+        for number in range(3):
+            loss = model(torch.full((4, WIDTH), float(number))).pow(2).mean()
+            if number == 2:
+                left(model, optimizer)  # nothing is under way
+                may_go_on.clear()
+                monkeypatch.setattr(Bench, "fetch", slow)
+            with pipe.updating(optimizer):
+                loss.backward()
+                may_go_on.set()
+                optimizer.step()
+            optimizer.zero_grad()
+        left(model, optimizer)
+    assert order == [NUM_BLOCKS - 1, *range(NUM_BLOCKS - 1)]
+
+
+def test_weights_that_an_update_has_left_in_memory_are_not_read_again() -> None:
+    read = {}
+    for update in ("at_once", "after_backward"):
+        model, optimizer = make()
+        with attach(model, optimizer, device="cpu", k=2, store="disk", update=update) as pipe:
+            for number in range(4):
+                step(model, optimizer, number)
+            pipe.report()
+            model(torch.ones(4, WIDTH))
+            read[update] = pipe.report().total.disk_read_bytes
+        optimizer.zero_grad()
+    assert read["after_backward"] < read["at_once"]
+
+
+# -- what stays in memory
+
+
+def test_units_that_host_memory_holds_stay_there_and_are_not_written() -> None:
+    options = {"device": "cpu", "k": 2, "store": "disk", "update": "at_once"}
+    written = []
+    for limit in (None, ALL_BYTES * 2):
+        model, optimizer = make()
+        with attach(model, optimizer, **options, host_memory=limit) as pipe:
+            losses = [step(model, optimizer, number) for number in range(4)]
+            report = pipe.report()
+        written.append(report.last_step.disk_written_bytes)
+        assert left(model, optimizer, losses).equals(train(None))
+        assert ("no unit stays" in str(report)) == (limit is None)
+    assert 0 < written[1] < written[0]
+
+
+def test_host_memory_is_kept_whatever_stays_there() -> None:
+    least = None
+    for percent in range(100, 20, -5):
+        model, optimizer = make()
+        limit = ALL_BYTES * 2 * percent // 100
+        try:
+            with attach(model, optimizer, device="cpu", k=1, store=EVERYTHING, host_memory=limit) as pipe:
+                step(model, optimizer, 0)
+                step(model, optimizer, 1)
+                assert pipe.report().host.total <= limit
+            least = limit
+        except BudgetError as error:
+            assert "host_memory allows" in str(error)
+            break
+    assert least is not None
+    assert least < ALL_BYTES
+
+
+def test_plan_says_what_stays_in_memory_and_what_files_cost() -> None:
+    few = str(preview(Model(), SuperpipeConfig(k=2, store="disk")))
+    assert "ring of 3 buffers; no unit stays in host memory" in few
+    many = preview(Model(), SuperpipeConfig(k=2, store="disk", host_memory=2 * ALL_BYTES))
+    assert many.files is not None
+    assert 0 < len(many.files.in_memory) < NUM_BLOCKS
+    assert f"{len(many.files.in_memory)} of {NUM_BLOCKS} units stay in host memory" in str(many)
+    gradients = preview(Model(), SuperpipeConfig(k=2, store={"gradients": "disk"})).disk
+    assert gradients is not None
+    assert (gradients.read_bytes, gradients.written_bytes > 0) == (0, True)
+
+
+# -- what is counted and recorded
+
+
+@pytest.mark.parametrize(("kind", "activations"), [("gradients", "keep"), ("activations", "offload")])
+def test_what_goes_through_mappings_counts_as_written(kind: str, activations: str) -> None:
+    model, optimizer = make()
+    with attach(model, optimizer, device="cpu", k=2, store={kind: "disk"}, activations=activations) as pipe:
+        for _ in range(2):
+            model(torch.ones(ROWS, WIDTH)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model(torch.ones(4, WIDTH))  # closes the books of the step before
+        written = pipe.report().last_step.disk_written_bytes
+    if kind == "gradients":
+        assert written == sum(parameter.nbytes for block in model.blocks for parameter in block.parameters())
+    else:
+        assert written >= (NUM_BLOCKS - 1) * ROWS * 2 * WIDTH * 4  # of all but the last block
+
+
+def test_recording_shows_reads_and_writes_on_lanes_of_their_own(tmp_path: Path) -> None:
+    model, optimizer = make()
+    with attach(model, optimizer, device="cpu", k=2, store="disk", update="at_once", record_step=2) as pipe:
+        for number in range(4):
+            step(model, optimizer, number)
+        recording = pipe.recording
+    assert recording is not None
+    assert recording.lanes == tuple(Lane)
+    states = -(-2 * sum(-(-p.nbytes // 256) * 256 for p in model.blocks[0].parameters()) // 4096) * 4096
+    assert sum(span.num_bytes for span in recording.lane(Lane.WRITE)) > NUM_BLOCKS * states
+    assert {span.name for span in recording.lane(Lane.READ)} == {"P", "U"}
+    assert {span.unit for span in recording.lane(Lane.WRITE)} == set(range(NUM_BLOCKS))
+    names = [
+        event["args"]["name"]
+        for event in recording.to_chrome_trace()["traceEvents"]
+        if event["ph"] == "M" and "name" in event["args"]
+    ]
+    assert {"read", "write"} <= set(names)
+    draw_timeline(recording, tmp_path / "line.svg")
+    assert "six lanes" in (tmp_path / "line.svg").read_text()
+
+
+def test_recording_without_files_has_no_lanes_for_them() -> None:
+    model, optimizer = make()
+    with attach(model, optimizer, device="cpu", k=2, record_step=1) as pipe:
+        for number in range(3):
+            step(model, optimizer, number)
+        recording = pipe.recording
+    assert recording is not None
+    assert recording.lanes == (Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST)
+
+
+def test_masters_of_units_in_memory_leave_the_bits_that_they_leave_without_files() -> None:
+    found = []
+    for options in ({"store": "host"}, {"store": "disk", "host_memory": ALL_BYTES}):
+        model, optimizer = make(dtype=torch.bfloat16)
+        with attach(model, optimizer, device="cpu", k=2, master_weights="float32", **options) as pipe:
+            losses = [step(model, optimizer, number) for number in range(4)]
+            report = str(pipe.report())
+        found.append(left(model, optimizer, losses))
+    assert found[0].equals(found[1])
+    assert f"of {NUM_BLOCKS} units stay in host memory" in report
+    assert "no unit stays" not in report
