@@ -144,6 +144,7 @@ class Engine:
     def use(self, unit: Unit, op: Op) -> None:
         """Make sure that a unit is loaded, has arrived and is bound; do what the plan moves before this use."""
         with self._lock:
+            self.probes.last_use = op.value, unit
             if graph_task_id() != -1:
                 self.enlist_graph()
             elif self._graphs:
