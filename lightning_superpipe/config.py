@@ -212,8 +212,8 @@ class SuperpipeConfig:
             and states go there and come back with the weights, through memory for two units. Those that the next
             forward needs first come first; units that still lie in their slots are updated there and not loaded again.
             Optimizers that cannot be split by units are refused. Off by default, because the kernels of a device and of
-            the host may differ in the last place (where they are the same, so are the bits). ``"auto"`` measures a step
-            after the first two, and takes the share that a cost model finds, if that gains 5 %.
+            the host may differ in the last place (where they are the same, so are the bits). ``"auto"`` measures the
+            first steps, and takes the share under which a simulated step is shortest, if that gains 5 %.
         record_step: index of the training step whose lanes and memory are recorded; None records none.
         link: emulated link (machines without an accelerator).
         adversary: hostile timing and memory, for tests.

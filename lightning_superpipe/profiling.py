@@ -7,9 +7,10 @@ time itself. No step waits for the device: spans are read when all of them are o
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from lightning_superpipe.engine.census import Census, Held
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.lanes import now
 from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.observe.machine import MachineProfile
 from lightning_superpipe.observe.meter import Boundary, Meter
 from lightning_superpipe.observe.report import PeakBytes
 from lightning_superpipe.observe.step_times import StepMark, UnitTimes, speeds_of, unit_times
@@ -31,12 +33,21 @@ from lightning_superpipe.planning.workload import Setting, UnitWork, Workload
 __all__ = ["Profiler"]
 
 
+class _Update(NamedTuple):
+    """A step of an optimizer: by its id, in which timed step, and whether it has made no states."""
+
+    optimizer: int
+    step: int
+    is_regular: bool
+
+
 class Profiler:
     """Measures steps of one engine: the session says which.
 
     Args:
         optimizers: returns those of the run.
         anchor_bytes: returns what has a permanent copy on the device.
+        pinned: copies are from and to page-locked memory.
     """
 
     def __init__(
@@ -47,8 +58,9 @@ class Profiler:
         trains: bool,
         optimizers: Callable[[], Sequence[Optimizer]],
         anchor_bytes: Callable[[], int],
+        pinned: bool = True,
     ) -> None:
-        self._engine, self._meter, self._trains = engine, meter, trains
+        self._engine, self._meter, self._trains, self._pinned = engine, meter, trains, pinned
         self._optimizers, self._anchor_bytes = optimizers, anchor_bytes
         self._hooks: list[Any] = []
         self._trail: list[Boundary] = []
@@ -59,6 +71,8 @@ class Profiler:
         self._is_timing = self._is_followed = False
         self._begin_s = self._home_s = self._update_s = self._asked_s = 0.0
         self._step_s: list[float] = []
+        self._updates: list[_Update] = []
+        self._num_states = 0
 
     # -- which steps
 
@@ -95,6 +109,11 @@ class Profiler:
         """Something else runs between two steps."""
         self._is_followed = False
 
+    def begin_training(self) -> None:
+        """What follows is training: forget the passes without it."""
+        self.drop()
+        self._trains = True
+
     def drop(self) -> None:
         """Forget the steps that are being measured: one has failed."""
         self.end_timing()
@@ -130,15 +149,18 @@ class Profiler:
     def _begin_timing(self) -> None:
         self._engine.lanes.start_recording()
         self._is_timing, self._marks, self._step_s, self._is_followed = True, [], [], False
+        self._updates = []
         own = {id(optimizer) for optimizer in self._optimizers()}
 
         def before(optimizer: Optimizer, *_: Any) -> None:
             if id(optimizer) in own:
-                self._asked_s = now()
+                self._asked_s, self._num_states = now(), len(optimizer.state)
 
         def after(optimizer: Optimizer, *_: Any) -> None:
             if id(optimizer) in own:
                 self._update_s += now() - max(self._asked_s, self._home_s)
+                is_regular = len(optimizer.state) == self._num_states
+                self._updates.append(_Update(id(optimizer), len(self._marks), is_regular))
 
         self._hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
@@ -171,11 +193,27 @@ class Profiler:
         """Device bytes at the peak of the last step that was counted."""
         return self._peak
 
-    def profile(self, setting: Setting, *, emulated: bool) -> UnitProfile | None:
+    @property
+    def lacks_update(self) -> bool:
+        """Whether no optimizer step lies behind one of the timed steps: gradients accumulate.
+
+        One that makes the states does not count: it runs as a whole.
+        """
+        return bool(self._optimizers()) and not any(
+            each.is_regular and each.step < len(self._marks) for each in self._updates
+        )
+
+    def _updates_per_step(self, *, regular_only: bool = False) -> float:
+        """Steps of an optimizer for each step that was timed."""
+        by_optimizer = Counter(each.optimizer for each in self._updates if each.is_regular or not regular_only)
+        return min(1.0, max(by_optimizer.values(), default=0) / max(len(self._marks), 1))
+
+    def profile(self, setting: Setting, *, emulated: bool, machine: MachineProfile | None = None) -> UnitProfile | None:
         """Return what was measured; None before a step was timed.
 
         Args:
             setting: under which the steps ran; its activation policies count in the order of registration.
+            machine: what was measured of the machine before.
         """
         if not self._marks or not self._spans:
             return None
@@ -183,6 +221,7 @@ class Profiler:
         times = unit_times(self._spans, self._marks if self._trains else [StepMark(self._marks[0].begin_s, math.inf)])
         if not times.order:
             return None
+        num_passes = 1 if self._trains else max(1, round(times.num_passes / len(self._marks)))
         held = self._held or [Held()] * len(self._engine.units)
         whole = [held[unit].activations for unit in times.order]
         in_force = [_held_under(setting.policy(unit), held[unit]) for unit in times.order]
@@ -200,21 +239,24 @@ class Profiler:
             between_s=times.between_s + (times.whole_update_s if times.update_s else 0.0),
             trains=self._trains,
             lowest=lowest if self._trains else 0,
+            updates=self._updates_per_step() or 1.0,
         )
         return UnitProfile(
             workload,
-            speeds_of(self._spans),
+            speeds_of(self._spans, None if machine is None else machine.speeds(pinned=self._pinned)),
             replace(setting, activations=policies),
             times.order,
-            self.step_s,
+            tuple(each / num_passes for each in self.step_s),
             self._peak,
             str(self._engine.device),
             emulated,
+            num_passes,
         )
 
     def _work(self, index: int, times: UnitTimes, held: Held, transients: TransientBytes, policy: str) -> UnitWork:
         unit = self._engine.units[index]
         forward_s, backward_s = times.forward_s.get(index, 0.0), times.backward_s.get(index, 0.0)
+        regular = self._updates_per_step(regular_only=True)  # only these were recorded by unit
         if policy == Policy.RECOMPUTE.value and backward_s:
             backward_s = max(0.0, backward_s - forward_s)
         return UnitWork(
@@ -224,7 +266,7 @@ class Profiler:
             state_bytes=_state_bytes(unit, self._optimizers()),
             forward_s=forward_s,
             backward_s=backward_s,
-            update_s=times.update_s.get(index, 0.0),
+            update_s=times.update_s.get(index, 0.0) * self._updates_per_step() / (regular or 1.0),
             activation_bytes=held.activations,
             input_bytes=held.inputs,
             offload_bytes=held.travels,

@@ -85,6 +85,11 @@ class Rewind:
             self.has_backward_begun = True
             self.had_gradients = any(parameter.grad is not None for parameter in self._trained)
 
+    @property
+    def is_past(self) -> bool:
+        """Whether a backward pass has begun since, and all its gradients have been given up."""
+        return self.has_backward_begun and all(parameter.grad is None for parameter in self._trained)
+
     def restore(self) -> None:
         """Put all back; gradients that a backward pass has touched are gone, as ``zero_grad`` leaves them."""
         torch.set_rng_state(self._host)
@@ -115,8 +120,15 @@ class Attempts:
 
     def begin(self) -> None:
         """A forward and a backward begin that may have to be undone."""
+        if self._last_finished is not None and self._last_finished.is_past:
+            self._last_finished = None
         self._now = Rewind(self._root, self._device)
         self._last_finished = self._last_finished or self._now
+
+    @property
+    def is_open(self) -> bool:
+        """Whether something has begun that is not over."""
+        return self._now is not None
 
     def end(self) -> None:
         """A whole step is over."""

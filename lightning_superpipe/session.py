@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -22,9 +23,11 @@ from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
 from lightning_superpipe.errors import UnsupportedError
+from lightning_superpipe.guard import StepGuard
 from lightning_superpipe.host_memory import files_for, held_bytes, host_limit, require_host, training_bytes, unit_sizes
 from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.meter import Meter
+from lightning_superpipe.observe.profiles import known_machine
 from lightning_superpipe.observe.report import Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.observe.unit_profile import UnitProfile
@@ -40,11 +43,11 @@ from lightning_superpipe.partition import UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import choose_k, choose_residents, refuse_updates
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.promotions import report_promotions
-from lightning_superpipe.rewind import Attempts, OutOfDeviceMemory, Undone
+from lightning_superpipe.rewind import OutOfDeviceMemory
 from lightning_superpipe.tiers import Places
 from lightning_superpipe.tuning import Tuner, make_tuner
 
-__all__ = ["FusedChoice", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
+__all__ = ["FusedChoice", "OutOfDeviceMemory", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
 _log = logging.getLogger("lightning_superpipe")
 
@@ -113,16 +116,20 @@ class Session:
             raise
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters, self._tier, self._files)
-        self._share = ShareChoice(self._updates, is_open=config.update_on_device == "auto")
+        self._machine = functools.cache(partial(known_machine, device, is_emulated=config.link is not None))
+        opens_share = config.update_on_device == "auto"
+        self._share = ShareChoice(self._updates, device, is_open=opens_share, machine=self._machine)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
+        self._owns_root = owns_root
         self._tuner = self._make_tuner(start, limit, tell or _log.info)
         self._backward_scope = contextlib.ExitStack()
-        self._owns_root = owns_root
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = self._is_counted = False
         self._at_step_start = self._last_step = StepCounters()
         self._final_report: Report | None = None
-        self.attempts = Attempts(root, device)
+        self.guard = StepGuard(root, self._engine, self._updates, self._tuner, self._drop_step)
+        if trains:
+            self.guard.watch()
         self.recording: Recording | None = None
 
     def _make_tuner(self, start: Setting, limit: int | None, tell: Callable[[str], None]) -> Tuner:
@@ -131,12 +138,13 @@ class Session:
             self._meter,
             self.config,
             start,
-            trains=self.trains,
+            trains=self.trains and not (self._owns_root and not self._optimizers),
             need=self._need,
             limit=limit,
             optimizers=lambda: self._optimizers,
             anchor_bytes=lambda: self._static_bytes()[1],
             host_limit=lambda: host_limit(self.config, self._held()),
+            machine=self._machine,
             tell=tell,
         )
 
@@ -156,19 +164,9 @@ class Session:
             yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
-        with self._refusing() if mode == TRAIN else contextlib.nullcontext(), self.step(mode):
+        with self.guard.call(trains=mode == TRAIN), self.step(mode):
             is_followed = mode == TRAIN and self._is_counted  # nobody tells us when backward begins
             yield partial(self._meter.follow, since=torch.autograd._get_sequence_nr()) if is_followed else None  # type: ignore[attr-defined]
-
-    @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Scope of a forward in a loop whose steps are not ours to repeat."""
-        self.attempts.begin()
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise OutOfDeviceMemory(f"{error} {self.refuse()}") from error
-        self.attempts.end()
 
     @contextlib.contextmanager
     def step(self, mode: str, *, is_undisturbed: bool = False) -> Iterator[None]:
@@ -192,7 +190,7 @@ class Session:
 
     def begin_backward(self, *, is_undisturbed: bool) -> None:
         """A backward pass outside :meth:`step` begins; user hooks may have run since the step."""
-        self.attempts.note_backward()
+        self.guard.attempts.note_backward()
         if not is_undisturbed:
             self._engine.invalidate()
         self._backward_scope.enter_context(self._counting())
@@ -202,6 +200,7 @@ class Session:
         self._backward_scope.close()
 
     def _begin_training_step(self, *, is_undisturbed: bool) -> None:
+        self._tuner.begin_training()
         is_recorded = self._num_steps == self.config.record_step
         update = "at_once" if self._updates is None else self._updates.kind
         self._is_counted = self._tuner.begin_step(
@@ -249,35 +248,13 @@ class Session:
     def _counting(self) -> contextlib.AbstractContextManager[None]:
         return self._meter.counting() if self._is_counted else contextlib.nullcontext()
 
-    # -- out of memory
-
-    def _undo(self, *, whole_step: bool) -> Undone:
-        """What was attempted has failed: let all be as before it."""
-        updated = self._updates.suspend() if self._updates is not None else []
+    def _drop_step(self) -> int:
+        """The step in progress has failed and counts as not begun; return how many have."""
         self.abort()
         self._is_counted = False
         if self._is_step_open:
             self._is_step_open, self._num_steps, self._meter.recorder = False, self._num_steps - 1, None
-        undone = self.attempts.restore(updated, whole_step=whole_step)
-        self._engine.invalidate()
-        return undone
-
-    def fall_back(self, reason: str) -> None:
-        """The device had no room for the step that was attempted: undo it, and take the next smaller plan.
-
-        Args:
-            reason: what the device said.
-
-        Raises:
-            OutOfDeviceMemory: there is none, or the step cannot be repeated exactly.
-        """
-        self._undo(whole_step=False).require_repeatable(reason)
-        self._tuner.fall_back(self._num_steps, reason)
-
-    def refuse(self) -> str:
-        """The device had no room for a step that is not ours to repeat: undo it, and say so."""
-        self._undo(whole_step=True)
-        return self._tuner.refusal()
+        return self._num_steps
 
     # -- what front ends ask
 
@@ -311,6 +288,8 @@ class Session:
             for optimizer in optimizers
             if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
         ]
+        if self._optimizers:
+            self._tuner.begin_training()
         self._require_host()
         if self._updates is not None:
             self._updates.attend(self._optimizers)
@@ -359,6 +338,7 @@ class Session:
 
     def _end(self) -> None:
         self._final_report = self.report()
+        self.guard.close()
         self._engine.close()
         del (
             self._updates,
@@ -369,7 +349,7 @@ class Session:
             self._root,
             self._optimizers,
             self._tier,
-            self.attempts,
+            self.guard,
         )
 
     # -- report

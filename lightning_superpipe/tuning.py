@@ -21,12 +21,14 @@ from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning
+from lightning_superpipe.knobs import asked_of
+from lightning_superpipe.observe.machine import MachineProfile
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
 from lightning_superpipe.planning.compare import missed
-from lightning_superpipe.planning.fall_back import smaller
+from lightning_superpipe.planning.fall_back import knobs, shortage, smaller
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
 
@@ -34,7 +36,12 @@ __all__ = ["Tuner", "make_tuner"]
 
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 _NUM_TIMED_STEPS = 3
+_MOST_MORE_STEPS = 64  # where none of those was followed by an update
 _MOST_PLANS = 4  # tried in one run
+_NOTHING_SMALLER = (
+    "The step has not happened: weights, buffers and random numbers are those of the last finished one. Take a smaller "
+    "batch, mark smaller units (units=...), or leave k, resident and activations to 'auto'."
+)
 
 
 class _Outcome(NamedTuple):
@@ -56,10 +63,12 @@ def make_tuner(
     optimizers: Callable[[], Sequence[Optimizer]],
     anchor_bytes: Callable[[], int],
     host_limit: Callable[[], int],
+    machine: Callable[[], MachineProfile | None],
     tell: Callable[[str], None],
 ) -> Tuner:
     """Return the tuner of a run, with what measures for it; the arguments are theirs."""
-    profiler = Profiler(engine, meter, trains=trains, optimizers=optimizers, anchor_bytes=anchor_bytes)
+    pinned = config.pin_memory is not False
+    profiler = Profiler(engine, meter, trains=trains, optimizers=optimizers, anchor_bytes=anchor_bytes, pinned=pinned)
     return Tuner(
         engine,
         profiler,
@@ -69,6 +78,7 @@ def make_tuner(
         need=need,
         limit=limit,
         host_limit=host_limit,
+        machine=machine,
         emulated=not is_separate(engine.device),
         tell=tell,
     )
@@ -79,10 +89,11 @@ class Tuner:
 
     Args:
         setting: that the run begins with; activation policies count in the order of registration.
-        trains: training steps are measured; else passes of evaluation are.
+        trains: training steps are measured; else passes without training are, until :meth:`begin_training`.
         need: device bytes that were known before the first step.
         limit: device bytes; None for any number.
         host_limit: returns the host bytes that all may take.
+        machine: returns what was measured of the machine; None where nothing was.
         tell: says something to the user.
 
     Attributes:
@@ -102,14 +113,15 @@ class Tuner:
         need: MemoryNeed,
         limit: int | None,
         host_limit: Callable[[], int],
+        machine: Callable[[], MachineProfile | None],
         emulated: bool,
         tell: Callable[[str], None],
     ) -> None:
         self._engine, self._profiler, self._config = engine, profiler, config
         self._need, self._is_undisturbed = need, False
-        self._trains, self._num_passes = trains, 0
+        self._trains, self._num_passes, self._num_more, self._machine = trains, 0, 0, machine
         self._limit, self._host_limit, self._emulated, self._tell = limit, host_limit, emulated, tell
-        self.setting = setting
+        self.setting = self._start = setting
         self.choice: Choice | None = None
         self.plan = ""
         self._order: Sequence[int] = range(len(engine.units))
@@ -119,6 +131,19 @@ class Tuner:
         self._num_counted = _NUM_COUNTED_STEPS
         self._tried: dict[Setting, _Outcome] = {}
         self._is_over = not self._is_anything_open()
+
+    def begin_training(self) -> None:
+        """Training steps follow, where passes without training were planned for: begin anew."""
+        if self._trains:
+            return
+        self._trains = True
+        self._profiler.begin_training()
+        if replace(self.setting, update=self._start.update) != self._start:
+            self._engine.adopt(self._start, self._order)
+            self.setting = self._start
+        self.choice, self._measured, self._tried = None, None, {}
+        self._since = self._next = self._num_more = 0
+        self._num_counted, self._is_over = _NUM_COUNTED_STEPS, not self._is_anything_open()
 
     # -- which steps are measured
 
@@ -133,6 +158,8 @@ class Tuner:
         self._has_fallen_back = self._has_fallen_back and index == self._since
         self._next = index
         self._is_undisturbed, self.setting = is_undisturbed, replace(self.setting, update=update)
+        if index == self._timed().stop and self._waits_for_update(index):
+            self._num_more += 1
         if index == self._timed().stop:
             self._profiler.end_timing()
             self._measured = self._measure()
@@ -147,7 +174,12 @@ class Tuner:
         first, record = self._since + self._num_counted, self._config.record_step
         if record is not None and first <= record < first + _NUM_TIMED_STEPS:
             first = record + 1
-        return range(first, first + _NUM_TIMED_STEPS)
+        return range(first, first + _NUM_TIMED_STEPS + self._num_more)
+
+    def _waits_for_update(self, index: int) -> bool:
+        """Whether one more step is timed, because gradients accumulate and nothing was updated so far."""
+        is_free = index != self._config.record_step and self._num_more < _MOST_MORE_STEPS
+        return self._trains and is_free and self._profiler.lacks_update
 
     def profile(self) -> UnitProfile | None:
         """What was measured last; None before."""
@@ -158,10 +190,12 @@ class Tuner:
         return self._measured if self._is_over else None
 
     def _measure(self) -> UnitProfile | None:
-        found = self._profiler.profile(self.setting, emulated=self._emulated)
+        machine = None if self._is_over else self._machine()
+        found = self._profiler.profile(self.setting, emulated=self._emulated, machine=machine)
         if found is None:
             return None
-        return replace(found, workload=replace(found.workload, undisturbed=self._is_undisturbed))
+        stay = self._is_undisturbed or found.num_passes > 1
+        return replace(found, workload=replace(found.workload, undisturbed=stay))
 
     def begin_pass(self, *, is_undisturbed: bool) -> bool:
         """A pass without training begins: measure it where nothing else will run; return whether bytes are counted."""
@@ -212,20 +246,7 @@ class Tuner:
         return asked.k is None or asked.resident is None or None in asked.activations
 
     def _asked(self, order: Sequence[int]) -> Asked:
-        config, setting = self._config, self.setting
-        opens_k = config.k == "auto"
-        has_limit = config.device_memory is not None or (opens_k and self._limit is not None)
-        opens_resident = config.resident == "auto" and (opens_k or has_limit)
-        policies = [
-            None if has_limit and self._engine.activations.is_open(unit) else setting.policy(unit) for unit in order
-        ]
-        return Asked(
-            k=None if opens_k else setting.k,
-            k_prime=None if opens_k and config.k_prime == "auto" else setting.k_prime,
-            resident=None if opens_resident else setting.resident,
-            activations=tuple(policies),
-            update=setting.update,
-        )
+        return asked_of(self._config, self.setting, self._engine.activations, order, has_limit=self._limit is not None)
 
     # -- the choice
 
@@ -298,7 +319,7 @@ class Tuner:
                 f"on with {self.setting.k + self.setting.resident}."
             )
             return
-        self.setting, self._since, self._num_counted = setting, index, 1
+        self.setting, self._since, self._num_counted, self._num_more = setting, index, 1, 0
 
     # -- out of memory
 
@@ -307,12 +328,48 @@ class Tuner:
         """Whether the step that has begun is the first under the setting in force, which is not the run's first."""
         return 0 < self._since == self._next or self._has_fallen_back
 
-    def fall_back(self, index: int, reason: str) -> None:
+    def fall_back(self, index: int, reason: str, where: str) -> None:
         """The device had no room for a step: use the next smaller setting from this one on.
+
+        Args:
+            index: of the step.
+            reason: what the device said.
+            where: what ran last, in words.
 
         Raises:
             OutOfDeviceMemory: none is left; the message says what was tried, and what to do.
         """
+        before = self.setting
+        if not self._shrink(index):
+            raise OutOfDeviceMemory(f"{self._shortage(before, reason, where)} {_NOTHING_SMALLER}")
+        self._tell(
+            f"superpipe: {self._shortage(before, reason, where)} The step is repeated with {knobs(self.setting)}."
+        )
+
+    def refusal(self, reason: str, where: str, index: int | None) -> str:
+        """Return what to say of a step that is not repeated here; the next one gets a smaller setting, if one is left.
+
+        Args:
+            index: of the step; None for a pass that trains nothing.
+        """
+        before = self.setting
+        said = self._shortage(before, reason, where, trains=index is not None)
+        if index is None:
+            return f"{said} Take a smaller batch, a smaller k, or device_memory to plan for less."
+        if not self._shrink(index):
+            return f"{said} {_NOTHING_SMALLER}"
+        return (
+            f"{said} What it has changed is undone: weights, buffers, states and random numbers are those of the last "
+            "finished step, gradients are gone. Only whole steps that Lightning's automatic optimization or the "
+            "Trainer of transformers hand over are repeated; here the batch is the loop's own. The plan is now "
+            f"{knobs(self.setting)}: run the step again from its first forward, or take a smaller batch."
+        )
+
+    def _shortage(self, setting: Setting, reason: str, where: str, *, trains: bool = True) -> str:
+        return shortage(setting, self._need, self._limit, reason, where, trains=trains)
+
+    def _shrink(self, index: int) -> bool:
+        """Change over to the next smaller setting; False if none is left."""
         self._profiler.drop()
         activations, config = self._engine.activations, self._config
         units = range(len(self._engine.units))
@@ -325,36 +382,16 @@ class Tuner:
             num_units=len(units),
         )
         if setting is None:
-            raise OutOfDeviceMemory(
-                f"the device has no room for a training step with {_knobs(self.setting)}: {reason} The step has not "
-                "happened: weights, buffers and random numbers are those of the last finished one. Take a smaller "
-                "batch, mark smaller units (units=...), or leave k, resident and activations to 'auto'."
-            )
+            return False
         self._is_over = self._is_over or self.choice is not None
-        self._tell(
-            f"superpipe: the device had no room for a step with {_knobs(self.setting)} ({reason}); it is repeated with "
-            f"{_knobs(setting)}."
-        )
         self._engine.adopt(setting, self._order)
-        self.setting, self._since, self._num_counted = setting, index, _NUM_COUNTED_STEPS
+        self.setting, self._since, self._num_counted, self._num_more = setting, index, _NUM_COUNTED_STEPS, 0
         self._has_fallen_back = True
-
-    def refusal(self) -> str:
-        """Return what to say of a step that cannot be repeated."""
-        return (
-            f"The device had no room for this step with {_knobs(self.setting)}. Only whole steps of Lightning's "
-            "automatic optimization are repeated under a smaller plan; what this one has changed is undone. Take a "
-            "smaller batch, a smaller k, activations='recompute', or device_memory to plan for less."
-        )
+        return True
 
     def _say(self, plan: str) -> None:
         self.plan = plan
         self._tell(f"superpipe: {plan}")
-
-
-def _knobs(setting: Setting) -> str:
-    policies = set(setting.activations) or {"keep"}
-    return f"k={setting.k}, {setting.resident} resident, activations {' and '.join(sorted(policies))}"
 
 
 def _size(num_bytes: int) -> str:

@@ -36,11 +36,13 @@ LAYERS: dict[str, set[str]] = {
     "rewind": {"errors", "engine"},
     "promotions": {"errors", "engine"},
     "device_memory": {"errors", "config", "observe"},
-    "tuning": {"errors", "config", "planning", "observe", "engine", "profiling", "rewind"},
+    "tuning": {"errors", "config", "planning", "observe", "engine", "knobs", "profiling", "rewind"},
+    "knobs": {"config", "planning", "engine"},
     "profiling": {"errors", "planning", "observe", "engine"},
+    "guard": {"errors", "engine", "optimizer", "rewind", "tuning"},
     "session": {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
-        *("accounts", "device_memory", "profiling", "promotions", "rewind", "tuning"),
+        *("accounts", "device_memory", "guard", "profiling", "promotions", "rewind", "tuning"),
     },
     "forecast": {
         *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "session"),

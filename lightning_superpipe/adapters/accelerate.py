@@ -70,12 +70,12 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
         """Stream a model instead of moving it; ``device_placement`` has no meaning here."""
-        if getattr(model, "_is_accelerate_prepared", False) and self._session_of(model) is not None:
+        if getattr(model, "_is_accelerate_prepared", False) and self.session_of(model) is not None:
             prepared: nn.Module = super().prepare_model(model, False, evaluation_mode)
             return prepared
         _refuse_quantised(model)
         bring_home(model, ())
-        if self._session_of(model) is None:
+        if self.session_of(model) is None:
             session = Session(model, self._superpipe, self.device, trains=not evaluation_mode, owns_root=True)
             session.attend([getattr(each, "optimizer", each) for each in self._optimizers])
             self._sessions.append(session)
@@ -197,7 +197,7 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
         Raises:
             SuperpipeError: it was not prepared, or has been given back.
         """
-        session = self._session_of(model)
+        session = self.session_of(model)
         if session is None:
             raise SuperpipeError("the model is not prepared: nothing has run yet, or free_memory() gave it back.")
         return session.report()
@@ -207,7 +207,8 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
             raise SuperpipeError(f"model {index} was asked for, but {len(self._sessions)} were prepared.")
         return self._sessions[index]
 
-    def _session_of(self, model: nn.Module) -> Session | None:
+    def session_of(self, model: nn.Module) -> Session | None:
+        """The session of a prepared model; None if it is not prepared."""
         return next((session for session in self._sessions if session.streams(model)), None)
 
     def _choose_fused(self, optimizer: Optimizer) -> None:

@@ -21,7 +21,14 @@ from lightning_superpipe.observe.identity import default_device
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.observe.unit_profile import UnitProfile
-from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
+from lightning_superpipe.session import (
+    FusedChoice,
+    OutOfDeviceMemory,
+    Session,
+    UnitTable,
+    sparsely_differentiated,
+    wants_fused,
+)
 
 __all__ = ["Pipe", "attach", "bring_home"]
 
@@ -102,7 +109,10 @@ class Pipe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        said = self._session.guard.refuse(str(error)) if kind is torch.OutOfMemoryError else ""  # of the loop's own
         self.close()
+        if said:
+            raise OutOfDeviceMemory(said) from error
 
 
 def attach(

@@ -20,7 +20,7 @@ from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_un
 from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
 from lightning_superpipe.adapters.gradient_readers import gradient_readers, refuse_in_backward
 from lightning_superpipe.adapters.materialize import materialize
-from lightning_superpipe.adapters.repeat import repeated_if_too_large
+from lightning_superpipe.adapters.repeat import LightningNotes, repeated_if_too_large
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe.report import Report
@@ -65,7 +65,7 @@ class SuperpipeMixin(OneDeviceMixin):
         self._last_session: Session | None = None
         self._fused = FusedChoice()
         self._said: set[str] = set()
-        self._updates_in_backward = self._repeats = False
+        self._updates_in_backward = False
 
     # -- what users ask
 
@@ -153,7 +153,7 @@ class SuperpipeMixin(OneDeviceMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         if self._session is not None and type(exception) is torch.OutOfMemoryError:
-            exception.add_note(self._session.refuse())
+            exception.add_note(self._session.guard.refuse(str(exception)))
         elif self._session is not None:
             self._session.abort()
         super().on_exception(exception)
@@ -165,9 +165,9 @@ class SuperpipeMixin(OneDeviceMixin):
     # -- steps
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        if self._session is not None and not self._repeats and self.lightning_module.automatic_optimization:
-            self._session.attempts.begin()  # an accumulating batch
-        with self._step("train"):
+        if self._session is None:
+            return super().training_step(*args, **kwargs)
+        with self._session.guard.call(trains=True), self._step("train"):
             return super().training_step(*args, **kwargs)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,11 +214,10 @@ class SuperpipeMixin(OneDeviceMixin):
             return super().optimizer_step(optimizer, closure, *args, **kwargs)
 
     def _repeating(self, closure: Callable[[], Any]) -> Any:
-        self._repeats = True
-        try:
-            return repeated_if_too_large(self._require_session(), closure, self.lightning_module)
-        finally:
-            self._repeats = False
+        session = self._require_session()
+        result = repeated_if_too_large(session, closure, partial(LightningNotes, self.lightning_module))
+        session.guard.attempts.end()
+        return result
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         materialize(self.lightning_module)  # Lightning loads before it calls setup

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, trainer_utils
 
 from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, config_of, enable
 from lightning_superpipe.adapters.checkpoint import own_memory, reading_pages
 from lightning_superpipe.adapters.disk import Advice
 from lightning_superpipe.adapters.drafts import Shelter
+from lightning_superpipe.adapters.repeat import TrainerNotes, repeated_if_too_large
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.observe.report import Report
@@ -80,6 +81,19 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Leave the model on the host: it streams to the device."""
+
+    def training_step(self, model: nn.Module, *arguments: Any, **options: Any) -> Tensor:
+        """Run forward and backward of one batch, again under a smaller plan where the device had no room for it.
+
+        Raises:
+            OutOfDeviceMemory: no smaller plan is left, or gradients of earlier batches have been added to.
+        """
+        accelerator: SuperpipeAccelerator = self.accelerator
+        own: Callable[..., Tensor] = super().training_step
+        session = accelerator.session_of(model)
+        if session is None:
+            return own(model, *arguments, **options)
+        return repeated_if_too_large(session, lambda: own(model, *arguments, **options), lambda: TrainerNotes(self))
 
     def superpipe_report(self) -> Report:
         """What streaming the trained model cost and saved.
@@ -214,6 +228,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 _SEAMS = (
+    "training_step",
     *("create_accelerator_and_postprocess", "_move_model_to_device", "_get_output_dir", "_save_checkpoint"),
     *("_push_from_checkpoint", "_finalize_training", "_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler"),
     *("_load_from_checkpoint", "_load_best_model"),

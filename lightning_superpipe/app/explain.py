@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 
 import torch
@@ -30,12 +31,13 @@ def explain(error: BaseException) -> str | None:
     """
     if isinstance(error, InstantiationException):
         return _instantiation(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) and not isinstance(error, SuperpipeError):
         return f"the device's memory is full: {error}\nUse a smaller superpipe.k or a smaller batch."
     if isinstance(error, CompactHydraException):
         return _composition(error)
     if isinstance(error, OmegaConfBaseException):
-        return f"`{error.full_key}`: {_first_line(error)}" if error.full_key else _first_line(error)
+        said = f"`{error.full_key}`: {_first_line(error)}" if error.full_key else _first_line(error)
+        return f"{said}{_missing_group(said)}"
     if isinstance(error, ValueError) and str(error).startswith("Config group override"):
         return f"{error}: choose one of its files, as `superpipe --help` lists them."
     if isinstance(error, SuperpipeError | MisconfigurationException | FileNotFoundError | PermissionError):
@@ -76,6 +78,14 @@ def _unknown_key(key: str, parent: Container | None) -> str:
     if not above:
         names = [*GROUPS, *(name for name in names if name not in GROUPS and name != "hydra")]
     return f"unknown key {key!r}: {nearest(last, names, prefix=f'{above}.' if above else '')}"
+
+
+def _missing_group(said: str) -> str:
+    """Return what to add where a value is taken from a group that nobody chose."""
+    found = re.search(r"Interpolation key '(\w+)\.", said)
+    if found is None or found[1] not in GROUPS:
+        return ""
+    return f"\nNo {found[1]} was chosen: add {found[1]}=NAME, or take experiment=NAME (superpipe --help lists them)."
 
 
 def _first_line(error: BaseException) -> str:

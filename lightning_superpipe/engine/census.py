@@ -104,10 +104,12 @@ class Probes:
         on_boundary: called with ``"F"`` or ``"B"`` and a unit's index after its compute, with ``"turn"`` when backward
             begins and ``"home"`` when its gradients are home.
         census: counts what autograd saves in units; None does not.
+        last_use: what the engine was asked for last: ``"F"`` or ``"B"``, and the unit.
     """
 
     def __init__(self) -> None:
         self.on_boundary: Callable[[str, int], None] | None = None
+        self.last_use: tuple[str, Unit] | None = None
         self.census: Census | None = None
 
     def boundary(self, name: str, index: int = -1) -> None:

@@ -97,7 +97,6 @@ class Engine:
         self._backward_start: Mark | None = None
         self._own_seconds, self._num_uses = 0.0, 0
         self._is_compiled = any(_is_compiled(module) for module in root.modules())
-
         self.anchors = Anchors(self.device, lanes, anchors, self._make_anchor_twin, self.wire)
         self.catalog = Catalog(root, self.anchors)
         self.probes = Probes()
@@ -145,6 +144,7 @@ class Engine:
     def use(self, unit: Unit, op: Op) -> None:
         """Make sure that a unit is loaded, has arrived and is bound; do what the plan moves before this use."""
         with self._lock:
+            self.probes.last_use = op.value, unit
             if graph_task_id() != -1:
                 self.enlist_graph()
             elif self._graphs:

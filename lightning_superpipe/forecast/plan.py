@@ -34,6 +34,10 @@ __all__ = ["Forecast", "Window", "forecast_of", "plan", "profile_of"]
 _OF_TORCH = re.compile(r"(cpu|cuda|xpu|mps|hpu)(:\d+)?")
 _WINDOWS = (1, 2, 3, 4, 8, 16, 32, 64, 128)
 _WIDTH = 120
+_NOT_COUNTED = (
+    "Not counted: the loop, its callbacks and loggers, data, clipping, and what caches gain or lose. Small steps take "
+    "longer than this; a run measures its own first steps."
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ class Forecast:
         )
         yield from self._free_batch()
         yield from (f"Assumed: {remark}." for remark in self.remarks)
+        yield _NOT_COUNTED
 
     def _table(self) -> Table:
         table = Table(box=SIMPLE_HEAD)

@@ -69,6 +69,7 @@ class PlayedStep:
         samples, tokens: in the batch; tokens are 0 where it holds none.
         undisturbed: nobody writes to weights between steps.
         remarks: what had to be assumed.
+        num_trained_outside: parameters outside units that are updated on the host, in the loop's own thread.
     """
 
     units: tuple[PlayedUnit, ...]
@@ -80,6 +81,7 @@ class PlayedStep:
     tokens: int
     undisturbed: bool
     remarks: tuple[str, ...]
+    num_trained_outside: int = 0
 
 
 def play(
@@ -132,6 +134,7 @@ def play(
         tokens=tokens,
         undisturbed=hasattr(module, "training_step"),
         remarks=remarks,
+        num_trained_outside=sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) in found.anchors),
     )
 
 

@@ -12,7 +12,7 @@ __all__ = ["part_seconds", "workload_on"]
 
 
 def workload_on(profile: MachineProfile, step: PlayedStep, host: MachineProfile | None = None) -> Workload:
-    """Return the workload of a step on a machine.
+    """Return the workload of a step on a machine, without what the loop takes for itself and for data.
 
     Args:
         profile: of the device.
@@ -31,6 +31,7 @@ def workload_on(profile: MachineProfile, step: PlayedStep, host: MachineProfile 
         anchor_bytes=step.need.anchor_bytes,
         turn_s=part_seconds(profile, step.turn),
         turn_bytes=max(0, step.turn.peak_bytes - _held(step)),
+        between_s=_update_seconds(host, "float32", step.num_trained_outside, per_parameter),
         lowest=first,
         samples=step.samples,
         tokens=step.tokens,
@@ -68,11 +69,6 @@ def _activations(unit: PlayedUnit) -> int:
 
 def _unit_work(profile: MachineProfile, host: MachineProfile, unit: PlayedUnit, state_bytes: float) -> UnitWork:
     tape, held = unit.tape, _activations(unit)
-    update = host.update_seconds(unit.update_dtype, unit.num_trained, num_states=_num_states(unit, state_bytes))
-    if update is None:
-        raise SuperpipeError(
-            "no machine profile says how fast the host updates weights: measure this machine (superpipe profile)."
-        )
     backward_s = part_seconds(profile, tape.backward)
     return UnitWork(
         name=tape.name,
@@ -81,7 +77,7 @@ def _unit_work(profile: MachineProfile, host: MachineProfile, unit: PlayedUnit, 
         state_bytes=round(state_bytes * unit.num_trained),
         forward_s=part_seconds(profile, tape.forward),
         backward_s=backward_s,
-        update_s=update,
+        update_s=_update_seconds(host, unit.update_dtype, unit.num_trained, state_bytes),
         activation_bytes=held,
         input_bytes=min(held, max(0, held - tape.inner_bytes)),
         offload_bytes=min(held, tape.saved_bytes),
@@ -92,6 +88,11 @@ def _unit_work(profile: MachineProfile, host: MachineProfile, unit: PlayedUnit, 
     )
 
 
-def _num_states(unit: PlayedUnit, state_bytes: float) -> int:
-    size = 2 if unit.update_dtype in ("bfloat16", "float16") else 4
-    return round(state_bytes / size)
+def _update_seconds(host: MachineProfile, dtype: str, num_trained: int, state_bytes: float) -> float:
+    size = 2 if dtype in ("bfloat16", "float16") else 4
+    found = host.update_seconds(dtype, num_trained, num_states=round(state_bytes / size))
+    if found is None:
+        raise SuperpipeError(
+            "no machine profile says how fast the host updates weights: measure this machine (superpipe profile)."
+        )
+    return found

@@ -8,12 +8,15 @@ import warnings
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
+import torch
+
 from lightning_superpipe.config import nearest
 from lightning_superpipe.errors import ConfigError, SuperpipeError, SuperpipeWarning
-from lightning_superpipe.observe.identity import Identity
+from lightning_superpipe.observe.identity import Identity, identify
 from lightning_superpipe.observe.machine import MachineProfile
+from lightning_superpipe.observe.rates import Route
 
-__all__ = ["CACHE_VARIABLE", "cached_profile", "find_profile", "keep_profile", "shipped_names"]
+__all__ = ["CACHE_VARIABLE", "cached_profile", "find_profile", "keep_profile", "known_machine", "shipped_names"]
 
 CACHE_VARIABLE = "SUPERPIPE_CACHE"
 """Environment variable that names another folder for measured profiles."""
@@ -41,6 +44,16 @@ def cached_profile(here: Identity, folder: Path | None = None) -> MachineProfile
         _say(f"the profile of this machine in {str(path)!r} no longer holds: {stale}.")
         return None
     return profile
+
+
+def known_machine(device: torch.device, *, is_emulated: bool) -> MachineProfile | None:
+    """Return what was measured of this machine with one of its devices, if copies were; measures nothing.
+
+    Args:
+        is_emulated: copies are slowed down to a link that the machine does not have.
+    """
+    profile = None if is_emulated else cached_profile(identify(device))
+    return profile if profile is not None and profile.copy_curve(Route.H2D) and profile.copy_curve(Route.D2H) else None
 
 
 def keep_profile(profile: MachineProfile, folder: Path | None = None) -> Path | None:

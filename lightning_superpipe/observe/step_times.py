@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -46,6 +48,7 @@ class UnitTimes:
         turn_s: from the last forward to the first backward.
         between_s: from gradients at home to the next forward, without what the optimizer does on the caller's thread.
         whole_update_s: that.
+        num_passes: forwards of the whole model in one step without training, such as a ``generate``.
     """
 
     order: tuple[int, ...]
@@ -55,6 +58,7 @@ class UnitTimes:
     turn_s: float
     between_s: float
     whole_update_s: float
+    num_passes: int = 1
 
 
 def unit_times(spans: Iterable[Span], steps: Sequence[StepMark]) -> UnitTimes:
@@ -91,7 +95,8 @@ def unit_times(spans: Iterable[Span], steps: Sequence[StepMark]) -> UnitTimes:
         update_s={unit: statistics.median(each) * len(each) / len(steps) for unit, each in updates.items()},
         turn_s=_median(each.turn for each in sums),
         between_s=max(0.0, _median(start - end for start, end in zip(starts, between, strict=True))),
-        whole_update_s=_median(step.update_s for step in steps),
+        whole_update_s=_spread([step.update_s for step in steps]),
+        num_passes=round(_median(each.num_passes for each in sums)) if sums else 1,
     )
 
 
@@ -101,6 +106,7 @@ class _Sums(NamedTuple):
     forward: dict[int, float]
     backward: dict[int, float]
     turn: float
+    num_passes: int
 
     @classmethod
     def of(cls, uses: Sequence[Span], stalls: Sequence[Span]) -> _Sums:
@@ -117,29 +123,52 @@ class _Sums(NamedTuple):
         num_passes = 1
         if not backward:  # one step of evaluation may run the model many times
             num_passes = max(sum(use.unit == unit for use in uses) for unit in forward)
-        return cls({unit: each / num_passes for unit, each in forward.items()}, dict(backward), max(0.0, turn))
+        return cls(
+            {unit: each / num_passes for unit, each in forward.items()}, dict(backward), max(0.0, turn), num_passes
+        )
 
 
-def speeds_of(spans: Iterable[Span]) -> Speeds:
+def speeds_of(spans: Iterable[Span], machine: Speeds | None = None) -> Speeds:
     """Return how fast the copies of a run were, by their sizes; what was never copied is free.
+
+    Args:
+        spans: of the run.
+        machine: what was measured of the machine before. It tells what a run does not see: how both ways disturb each
+            other, and sizes that are not copied yet, as much slower or faster as the run's own copies are. Only copies
+            that nothing disturbed count then, as far as there are some.
 
     >>> speeds_of([Span(Lane.H2D, "P", 0, 0.0, 0.25, 1000)]).h2d.seconds(2000)
     0.5
     """
-    spans = list(spans)
-    return Speeds(h2d=_curve(spans, Lane.H2D), d2h=_curve(spans, Lane.D2H))
+    copies = [span for span in spans if span.num_bytes and span.lane in (Lane.H2D, Lane.D2H)]
+    if machine is None:
+        return Speeds(h2d=_curve(_seen(copies, Lane.H2D)), d2h=_curve(_seen(copies, Lane.D2H)))
+    return Speeds(
+        h2d=_completed(_seen(copies, Lane.H2D, alone=machine.both is not None), machine.h2d),
+        d2h=_completed(_seen(copies, Lane.D2H, alone=machine.both is not None), machine.d2h),
+        both=machine.both,
+    )
 
 
-def _curve(spans: Iterable[Span], lane: Lane) -> Curve:
-    by_size: defaultdict[int, list[float]] = defaultdict(list)
-    for span in spans:
-        if span.lane is lane and span.num_bytes:
-            by_size[span.num_bytes].append(span.seconds)
-    if not by_size:
+def _seen(copies: Sequence[Span], lane: Lane, *, alone: bool = False) -> dict[int, float]:
+    """Median seconds by size; of copies that ran alone, where there are some of that size."""
+    others = sorted((span.start_s, span.end_s) for span in copies if span.lane is not lane) if alone else []
+    starts = [start_s for start_s, _ in others]
+    by_size: defaultdict[int, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    for span in copies:
+        if span.lane is lane:
+            before = bisect_left(starts, span.end_s)  # each lane copies one after the other, so ends ascend as well
+            is_alone = before == 0 or others[before - 1][1] <= span.start_s
+            by_size[span.num_bytes][is_alone].append(span.seconds)
+    return {size: statistics.median(clear or disturbed) for size, (disturbed, clear) in sorted(by_size.items())}
+
+
+def _curve(seen: Mapping[int, float]) -> Curve:
+    if not seen:
         return _FREE
     points, reached = [], 0.0
-    for size in sorted(by_size):
-        reached = max(reached, statistics.median(by_size[size]))
+    for size, seconds in seen.items():
+        reached = max(reached, seconds)
         points.append((size, reached))
     (size, seconds), (largest, longest) = points[0], points[-1]
     rate = (longest - seconds) / (largest - size) if largest > size else seconds / size
@@ -147,6 +176,22 @@ def _curve(spans: Iterable[Span], lane: Lane) -> Curve:
     if largest == size:
         points.append((2 * size, 2 * seconds))
     return Curve(((0, latency), *points))
+
+
+def _completed(seen: Mapping[int, float], machine: Curve) -> Curve:
+    """What was seen, and between and beyond it the machine's curve, as far off as at the nearest size that was seen."""
+    if not seen:
+        return machine
+    points: dict[int, float] = dict(seen)
+    for size, seconds in machine.points:
+        nearest = min(seen, key=lambda each: abs(math.log(each / max(size, 1))))
+        if not 0.5 < max(size, 1) / nearest < 2:
+            points[size] = seconds * seen[nearest] / max(machine.seconds(nearest), 1e-12)
+    reached, ascending = 0.0, []
+    for size in sorted(points):
+        reached = max(reached, points[size])
+        ascending.append((size, reached))
+    return Curve(tuple(ascending))
 
 
 def _waited(stalls: Sequence[Span], start_s: float, end_s: float) -> float:
@@ -157,6 +202,12 @@ def _waited(stalls: Sequence[Span], start_s: float, end_s: float) -> float:
 def _medians(sums: Sequence[dict[int, float]]) -> dict[int, float]:
     units = {unit for each in sums for unit in each}
     return {unit: statistics.median(each.get(unit, 0.0) for each in sums) for unit in sorted(units)}
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    """Median of what takes time at all, spread over all steps: gradients may accumulate."""
+    taken = [each for each in seconds if each]
+    return _median(taken) * len(taken) / max(len(seconds), 1)
 
 
 def _median(values: Iterable[float]) -> float:

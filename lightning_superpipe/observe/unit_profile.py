@@ -29,10 +29,12 @@ class UnitProfile:
         speeds: of the run's own copies.
         setting: under which it ran.
         indices: of the workload's units, in the order of registration.
-        step_s: of each step, from its beginning to the next one's, seconds; the first steps are not among them.
+        step_s: of each step, from its beginning to the next one's, seconds; the first steps are not among them. Without
+            training of each pass.
         peak: device bytes by kind at the peak of a step.
         device: such as ``"cuda:0"``.
         emulated: the link or the device memory was emulated.
+        num_passes: forwards of the model in one step without training, such as a ``generate``; the workload is one.
     """
 
     workload: Workload
@@ -43,6 +45,7 @@ class UnitProfile:
     peak: PeakBytes
     device: str
     emulated: bool
+    num_passes: int = 1
 
     def save(self, path: str | Path) -> None:
         """Write the profile as JSON; ``load`` gives back an equal one."""
@@ -61,7 +64,7 @@ class UnitProfile:
             state = json.loads(Path(path).read_text(encoding="utf-8"))
             if (state["format"], state["version"]) != (_FORMAT, _FORMAT_VERSION):
                 raise ValueError("its format or version is another")
-            return cls._from_dict({field.name: state[field.name] for field in fields(cls)})
+            return cls._from_dict({field.name: state[field.name] for field in fields(cls) if field.name in state})
         except (ValueError, KeyError, TypeError, AttributeError, SuperpipeError) as error:
             raise SuperpipeError(
                 f"{str(path)!r} is not a unit profile of this version ({error!r}). Load one that UnitProfile.save "

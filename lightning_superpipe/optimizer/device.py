@@ -21,6 +21,7 @@ from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.host_lane import HostEvent, HostLane
 from lightning_superpipe.engine.lanes import Copy, Event, Label
 from lightning_superpipe.engine.pending import Pending
+from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 from lightning_superpipe.engine.slots import Slot
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import UnsupportedError
@@ -32,7 +33,7 @@ from lightning_superpipe.optimizer.scratch import Scratch, scratch_bytes_of
 from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable
 from lightning_superpipe.optimizer.stand_ins import StandIn, held, step_on
 from lightning_superpipe.partition.anchors import is_dense
-from lightning_superpipe.planning.update_share import updated_on_device
+from lightning_superpipe.planning.workload import updated_on_device
 
 __all__ = ["DeviceUpdates", "Ending"]
 
@@ -126,12 +127,17 @@ class DeviceUpdates:
     # -- one part
 
     def place_for(self, unit: Unit, part: Part) -> Place | None:
-        """Where to update a unit here; None if the host updates it."""
+        """Where to update a unit here; None if the host updates it.
+
+        Raises:
+            OutOfDeviceMemory: there is no room for the scratch.
+        """
         if self._chosen is None:
             self._chosen = updated_on_device([unit.index for unit in self._engine.units_by_need()], self.share)
         fits = all(tensor.dim() and is_dense(tensor) for tensor in (member.parameter for member in part.members))
         if unit.index not in self._chosen or not fits or self._bytes_of(unit, [part.optimizer]) > self.scratch_bytes:
             return None
+        self._allocate()
         number = self.num_parts % _NUM_SETS
         self.num_parts += 1
         slot = unit.slot if self._engine.residency.may_update_in_slot(unit) else None
@@ -165,7 +171,7 @@ class DeviceUpdates:
         own: list[StandIn],
         indices: list[int],
     ) -> None:
-        scratch = self._scratch_of(place.number)
+        scratch = self._scratch[place.number]
         scratch.clear()
         here = [self._stand_in(scratch, optimizer, groups, each) for each in own]
         slot, unit, lanes = place.slot, place.unit, self._engine.lanes
@@ -221,12 +227,19 @@ class DeviceUpdates:
         }
         return StandIn(own.group, scratch.like(own.parameter), scratch.like(own.gradient), state)
 
-    def _scratch_of(self, number: int) -> Scratch:
-        with self._computing:
-            if not self._scratch:
-                device, num_bytes = self._engine.device, self.scratch_bytes
-                self._scratch = [Scratch(device, num_bytes, poison=self._poison) for _ in range(_NUM_SETS)]
-        return self._scratch[number]
+    def _allocate(self) -> None:
+        """Take the memory before the first part of a step starts: without it nothing of the step happens."""
+        if self._scratch:
+            return
+        device, num_bytes = self._engine.device, self.scratch_bytes
+        try:
+            self._scratch = [Scratch(device, num_bytes, poison=self._poison) for _ in range(_NUM_SETS)]
+        except torch.OutOfMemoryError as error:
+            raise OutOfDeviceMemory(
+                f"the device has no room to update units on it (update_on_device={self.share:g}): {error} That takes "
+                f"{_NUM_SETS} x {num_bytes} bytes. No unit was updated, and all gradients are there: take a smaller k "
+                "or leave update_on_device out."
+            ) from error
 
     def use_share(self, share: float) -> None:
         """Update so many units here from now on."""

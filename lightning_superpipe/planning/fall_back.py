@@ -1,13 +1,16 @@
-"""The next smaller setting, for a device that had less room than was planned for."""
+"""The next smaller setting, for a device that had less room than was planned for, and what to say of that."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
 
+from humanize import naturalsize
+
+from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.workload import Setting
 
-__all__ = ["smaller"]
+__all__ = ["knobs", "shortage", "smaller"]
 
 
 def smaller(
@@ -42,3 +45,39 @@ def smaller(
     if fewer != policies:
         return replace(setting, activations=tuple(fewer))
     return replace(setting, k=1, k_prime=1) if opens_k and setting.k > 1 else None
+
+
+def shortage(
+    setting: Setting, need: MemoryNeed, limit_bytes: int | None, reason: str, where: str, *, trains: bool
+) -> str:
+    """Say that there was no room, with the numbers.
+
+    Args:
+        setting: that was in force.
+        need: what is known without activations.
+        limit_bytes: that the plan had to keep; None for none.
+        reason: what the device said.
+        where: what ran last, in words.
+        trains: it was a training step.
+    """
+    slots = min(setting.k + setting.resident, need.num_units) * need.slot_bytes
+    limit = "" if limit_bytes is None else f" of {_size(limit_bytes)} that may be used"
+    ran = f"It ran {where}; " if where else ""
+    return (
+        f"the device has no room for a {'training step' if trains else 'pass'} with {knobs(setting)}: "
+        f"{reason.rstrip('. ')}. {ran}slots take {_size(slots)} and anchors {_size(need.anchor_bytes)}{limit}."
+    )
+
+
+def knobs(setting: Setting) -> str:
+    """Name what a setting decides about memory.
+
+    >>> knobs(Setting(k=2, resident=1, activations=("keep", "recompute")))
+    'k=2, 1 resident, activations keep and recompute'
+    """
+    policies = set(setting.activations) or {"keep"}
+    return f"k={setting.k}, {setting.resident} resident, activations {' and '.join(sorted(policies))}"
+
+
+def _size(num_bytes: int) -> str:
+    return naturalsize(num_bytes, binary=True)

@@ -9,16 +9,17 @@ from what it waits for. What waits for what is the engine's (:mod:`lightning_sup
 - a load waits for the update of its own unit, and so do all loads behind it;
 - gradients may fill twice the largest unit's on the device, then backward waits for the oldest to be home;
 - backward is over when all gradients are home; updates follow in the order of need, or follow each gradient
-  (``in_backward``), or hold everything up (``at_once``).
+  (``in_backward``), or hold everything up (``at_once``);
+- units that are updated on the device take gradients and states there and bring weights and states home, past what is
+  queued; where one still lies in its slot, its weights do not travel there, and it is not loaded again.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
-from lightning_superpipe.errors import PlanError
 from lightning_superpipe.planning.actions import Action, Op, Plan
+from lightning_superpipe.planning.device_updates import DeviceUpdate, DeviceUpdates
 from lightning_superpipe.planning.link import Copying, Link
 from lightning_superpipe.planning.lower import forward_keep, lower_window, spread
 from lightning_superpipe.planning.need import (
@@ -29,20 +30,20 @@ from lightning_superpipe.planning.need import (
     saved_bytes,
 )
 from lightning_superpipe.planning.order import forward_order, training_order
+from lightning_superpipe.planning.played import PlayedStep, are_repeated, mean_of
 from lightning_superpipe.planning.prediction import LaneSeconds, PeakBytes, Prediction
-from lightning_superpipe.planning.workload import Curve, Setting, Speeds, Workload
+from lightning_superpipe.planning.workload import Curve, Setting, Speeds, Workload, updated_on_device
 
 __all__ = ["simulate"]
 
 _MAX_STEPS = 8
-_SAME = 1e-9  # relative: two steps that differ less are equal
 
 
 def simulate(workload: Workload, speeds: Speeds, setting: Setting) -> Prediction:
     """Play steps until one is like the one before, and return it.
 
     Raises:
-        PlanError: the setting is impossible (see :func:`lower_window`), or a unit is updated on the device.
+        PlanError: the setting is impossible (see :func:`lower_window`).
 
     Cost: about a millisecond for 24 units.
 
@@ -55,49 +56,24 @@ def simulate(workload: Workload, speeds: Speeds, setting: Setting) -> Prediction
     >>> step.busiest, round(step.bound_s, 6)
     ('compute', 12.0)
     """
-    if setting.update_on_device > 0:
-        raise PlanError(
-            f"update_on_device={setting.update_on_device}: the engine updates units on the host only, so there is "
-            "nothing to simulate. Use update_on_device=0."
-        )
     run = _Run(workload, speeds, setting)
-    steps: list[_Step] = []
+    steps: list[PlayedStep] = []
     resident: frozenset[int] = frozenset()
     seen: dict[frozenset[int], int] = {}
     length = 0
-    for index in range(_MAX_STEPS + len(workload.units)):
+    for index in range(_MAX_STEPS + (0 if run.on_device else len(workload.units))):
         length = index - seen.get(resident, index)
         seen[resident] = index
         plan = run.plan(resident)
         steps.append(run.step(plan))
-        if length and (run.ends_at_rest or (len(steps) > 2 * length and _repeats(steps, length))):
+        if length and (run.ends_at_rest or (len(steps) > 2 * length and are_repeated(steps, length))):
             break
         resident = run.left_over(plan)
-    return run.summary(steps[-length:])
-
-
-class _Step(NamedTuple):
-    """One step as it was played."""
-
-    seconds: float
-    busy: LaneSeconds
-    stalls_s: tuple[float, ...]
-    end_stall_s: float
-    num_loads: int
-    h2d_bytes: int
-    d2h_bytes: int
-    peak: PeakBytes
-    peak_at: str
-
-
-def _repeats(steps: list[_Step], length: int) -> bool:
-    """Whether the last so many steps took as long as those before them."""
-    pairs = zip(steps[-length:], steps[-2 * length : -length], strict=True)
-    return all(abs(new.seconds - old.seconds) <= _SAME * old.seconds for new, old in pairs)
+    return mean_of(steps[-length:], host_use(workload, setting))
 
 
 class _Run:
-    """The lanes, the device's memory, and the clock of compute."""
+    """The lanes, the device's memory, and the clock."""
 
     def __init__(self, workload: Workload, speeds: Speeds, setting: Setting) -> None:
         n = len(workload.units)
@@ -108,6 +84,10 @@ class _Run:
         self.num_slots = self.k + min(setting.resident, n - self.k)
         self.policies = [setting.policy(index) for index in range(n)]
         self.link = Link(speeds)
+        there = updated_on_device(range(n), setting.update_on_device)
+        self.on_device = {index for index in there if self.units[index].update_on_device_s is not None}
+        self.device, self.under_way = DeviceUpdates(self.link, self._count_update), dict[int, DeviceUpdate]()
+        self.in_slots: frozenset[int] = frozenset()
         self.limit_bytes = gradient_limit_bytes(workload)
         self.now = self.host_free_s = self.disk_free_s = 0.0
         self.updated_s = [0.0] * n
@@ -119,14 +99,13 @@ class _Run:
     @property
     def ends_at_rest(self) -> bool:
         """Whether all that a step leaves to the next begins at its end, so that the second is like all others."""
-        return self.setting.update != "in_backward" or not self.workload.trains
+        return not self.workload.trains or (self.setting.update != "in_backward" and not self.on_device)
 
     def _begin_step(self) -> None:
         self.stalls_s = [0.0] * len(self.units)
-        self.h2d_bytes = self.d2h_bytes = self.num_loads = 0
+        self.h2d_bytes = self.d2h_bytes = self.gradient_bytes = self.num_loads = 0
         self.compute_s = self.host_s = self.disk_s = 0.0
         self.gradients: deque[tuple[Copying, int]] = deque()
-        self.gradient_bytes = 0
         self.unsent = self.to_flush = -1
         self.sent: deque[tuple[int, Copying]] = deque()
         self.away: set[int] = set()
@@ -156,18 +135,22 @@ class _Run:
         )
 
     def left_over(self, plan: Plan) -> frozenset[int]:
-        """What the next step finds on the device: nothing that was updated, or that anybody could have written to."""
+        """What the next step finds on the device: nothing that was updated at home, or that anybody could have
+        written to.
+        """
         left = plan.final_resident if self.workload.undisturbed else frozenset[int]()
-        return frozenset(unit for unit in left if not self._is_trained(unit))
+        unchanged = frozenset(unit for unit in left if not self._is_trained(unit))
+        return unchanged | (plan.final_resident & frozenset(self.under_way))
 
     def _is_trained(self, index: int) -> bool:
         return self.workload.trains and self.units[index].gradient_bytes > 0 and index >= self.workload.lowest
 
     # -- a step
 
-    def step(self, plan: Plan) -> _Step:
+    def step(self, plan: Plan) -> PlayedStep:
         """Play one step, from its forward to the end of what comes between it and the next."""
         self._begin_step()
+        self.in_slots = plan.final_resident
         start, h2d_s, d2h_s = self.now, self.link.h2d.busy_s, self.link.d2h.busy_s
         moves: list[Action] = []
         last_forward = sum(use.op is Op.FORWARD for use in plan.uses) - 1
@@ -191,7 +174,7 @@ class _Run:
         busy = LaneSeconds(
             self.compute_s, self.link.h2d.busy_s - h2d_s, self.link.d2h.busy_s - d2h_s, self.host_s, self.disk_s
         )
-        return _Step(
+        return PlayedStep(
             self.now - start,
             busy,
             tuple(self.stalls_s),
@@ -204,6 +187,11 @@ class _Run:
         )
 
     def _compute(self, seconds: float) -> None:
+        if self.on_device:
+            self.device.advance(self.now)
+            self.device.take_kernel_s()  # while compute waited
+            self.device.advance(self.now + seconds)
+            seconds += self.device.take_kernel_s()
         self.now += seconds
         self.compute_s += seconds
 
@@ -217,6 +205,9 @@ class _Run:
         if action.op is not Op.PREFETCH:
             return
         index, unit = action.unit, self.units[action.unit]
+        if (update := self.under_way.pop(index, None)) is not None:
+            self.device.finish(update)
+            self.updated_s[index] = update.end_s
         ready_s = max(self.now, self.updated_s[index])
         ready_s = self._use_disk(self.speeds.disk_read, unit.disk_read_bytes, ready_s)
         self.arrivals[index] = self._to_device(unit.weight_bytes, ready_s)
@@ -231,12 +222,18 @@ class _Run:
         self.disk_free_s = max(self.disk_free_s, ready_s) + seconds
         return self.disk_free_s
 
+    def _count_update(self, there_bytes: int, home_bytes: int) -> None:
+        self.h2d_bytes += there_bytes
+        self.d2h_bytes += home_bytes
+
     def _to_device(self, num_bytes: int, ready_s: float) -> Copying:
+        self.device.advance(ready_s)
         self.h2d_bytes += num_bytes
         return self.link.copy(self.link.h2d, num_bytes, ready_s)
 
     def _home(self, num_bytes: int) -> Copying:
         self.d2h_bytes += num_bytes
+        self.device.advance(self.now)
         return self.link.copy(self.link.d2h, num_bytes, self.now)
 
     def _require(self, index: int) -> None:
@@ -244,6 +241,10 @@ class _Run:
         if (arrival := self.arrivals[index]) is not None:
             self._wait(arrival, index)
         self.arrivals[index] = None
+        if (update := self.under_way.pop(index, None)) is not None:  # it has stayed in its slot
+            self.device.finish(update, kernels_only=True)
+            self.stalls_s[index] += max(0.0, update.kernels_end_s - self.now)
+            self.now = max(self.now, update.kernels_end_s)
 
     # -- forward
 
@@ -368,10 +369,26 @@ class _Run:
 
     def _update_one(self, index: int, ready_s: float) -> None:
         unit = self.units[index]
+        if index in self.on_device:
+            self._update_there(index, ready_s)
+            return
         ready_s = self._use_disk(self.speeds.disk_read, unit.disk_update_bytes, ready_s)
         self.host_free_s = max(self.host_free_s, ready_s) + unit.update_s
         self.host_s += unit.update_s
         self.updated_s[index] = self._use_disk(self.speeds.disk_write, unit.disk_write_bytes, self.host_free_s)
+
+    def _update_there(self, index: int, ready_s: float) -> None:
+        unit, per_step = self.units[index], self.workload.updates
+        beside = unit.state_bytes + (0 if index in self.in_slots else unit.weight_bytes)
+        self.under_way[index] = self.device.submit(
+            DeviceUpdate(
+                index,
+                ready_s,
+                there_bytes=round(per_step * (unit.gradient_bytes + beside)),
+                home_bytes=round(per_step * (unit.weight_bytes + unit.state_bytes)),
+                kernel_s=per_step * (unit.update_on_device_s or 0.0),
+            )
+        )
 
     # -- memory
 
@@ -381,20 +398,3 @@ class _Run:
             slots = self.num_slots * self.workload.slot_bytes
             self.peak = PeakBytes(slots, self.workload.anchor_bytes, gradients, activations)
             self.peak_at = "turn" if op is None else str(Action(op, index))
-
-    def summary(self, steps: list[_Step]) -> Prediction:
-        """The mean of steps that repeat."""
-        count = len(steps)
-        largest = max(steps, key=lambda step: step.peak.total)
-        return Prediction(
-            step_s=sum(step.seconds for step in steps) / count,
-            busy=LaneSeconds(*(sum(lane) / count for lane in zip(*(step.busy for step in steps), strict=True))),
-            stalls_s=tuple(sum(unit) / count for unit in zip(*(step.stalls_s for step in steps), strict=True)),
-            end_stall_s=sum(step.end_stall_s for step in steps) / count,
-            num_loads=sum(step.num_loads for step in steps) / count,
-            h2d_bytes=round(sum(step.h2d_bytes for step in steps) / count),
-            d2h_bytes=round(sum(step.d2h_bytes for step in steps) / count),
-            peak=largest.peak,
-            peak_at=largest.peak_at,
-            host=host_use(self.workload, self.setting),
-        )

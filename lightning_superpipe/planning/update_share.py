@@ -1,82 +1,56 @@
-"""Which units are updated on the device, and how many: a share that is asked for, or found by a small cost model."""
+"""Which units are updated on the device, and how many: a share that is asked for, or found by simulation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-__all__ = ["UpdateCosts", "choose_share", "updated_on_device"]
+from lightning_superpipe.planning.simulate import simulate
+from lightning_superpipe.planning.workload import Setting, Speeds, Workload
+
+__all__ = ["choose_share"]
 
 _WORTH = 0.95  # of the time without: less gain is not worth other last digits
+_TIE = 0.005
+_NUM_LEVELS = 9
 
 
-@dataclass(frozen=True)
-class UpdateCosts:
-    """What the steps of a run take, measured; seconds, and bytes of one unit.
-
-    Attributes:
-        num_units: units that are updated.
-        compute_s: of one step, all units.
-        host_update_s: of one unit.
-        weight_bytes: as they cross the link.
-        gradient_bytes, state_bytes: as they lie on the host; masters are states.
-        h2d_bytes, d2h_bytes: of one step without any update on the device.
-        h2d_bytes_s, d2h_bytes_s: of the link, bytes per second.
-    """
-
-    num_units: int
-    compute_s: float
-    host_update_s: float
-    weight_bytes: float
-    gradient_bytes: float
-    state_bytes: float
-    h2d_bytes: float
-    d2h_bytes: float
-    h2d_bytes_s: float
-    d2h_bytes_s: float
-
-    def step_seconds(self, num_on_device: int) -> float:
-        """The busiest lane of a step in which so many units are updated on the device.
-
-        Each takes its gradient and states there, weights and states back, and saves the host's time. Kernels of a
-        device take none that counts.
-        """
-        up = num_on_device * (self.weight_bytes + self.gradient_bytes + self.state_bytes)
-        down = num_on_device * (self.weight_bytes + self.state_bytes)
-        return max(
-            self.compute_s,
-            (self.h2d_bytes + up) / self.h2d_bytes_s,
-            (self.d2h_bytes + down) / self.d2h_bytes_s,
-            (self.num_units - num_on_device) * self.host_update_s,
-        )
-
-
-def choose_share(costs: UpdateCosts) -> float:
-    """Return the smallest share that makes the busiest lane of a step as short as can be; 0 where it gains under 5 %.
-
-    >>> fast_host = UpdateCosts(10, 1.0, 0.05, 4e6, 4e6, 8e6, 8e7, 4e7, 1e9, 1e9)
-    >>> choose_share(fast_host)
-    0.0
-    >>> from dataclasses import replace
-    >>> choose_share(replace(fast_host, host_update_s=0.25)), choose_share(replace(fast_host, host_update_s=10.0))
-    (0.6, 1.0)
-    """
-    best = min(range(costs.num_units + 1), key=costs.step_seconds, default=0)
-    gains = costs.step_seconds(best) < _WORTH * costs.step_seconds(0)
-    return best / costs.num_units if gains else 0.0
-
-
-def updated_on_device(first_needed: Sequence[int], share: float) -> frozenset[int]:
-    """Return the units that are updated on the device: those which the next forward needs first.
-
-    Backward has used them last, so that some still lie in slots; and nothing hides their update on the host.
+def choose_share(workload: Workload, speeds: Speeds, setting: Setting) -> float:
+    """Return the smallest share under which steps are as short as can be; 0 where it gains under 5 %.
 
     Args:
-        first_needed: all units, in the order of the forward.
-        share: of all units, 0.0 to 1.0; any share above 0 is one unit at least.
+        workload: units that may be updated there have ``update_on_device_s``.
+        setting: of all other knobs.
 
-    >>> sorted(updated_on_device([2, 0, 1, 3], 0.5)), sorted(updated_on_device([2, 0, 1, 3], 0.01))
-    ([0, 2], [2])
+    Cost: some twenty simulations.
+
+    >>> from lightning_superpipe.planning.workload import Curve, UnitWork
+    >>> unit = UnitWork("h", 4, 4, 8, forward_s=1.0, backward_s=2.0, update_s=9.0, update_on_device_s=0.0)
+    >>> link = Speeds(h2d=Curve.steady(8.0), d2h=Curve.steady(8.0))
+    >>> choose_share(Workload((unit,) * 8), link, Setting(k=2))
+    0.875
+    >>> choose_share(Workload((replace(unit, update_s=0.5),) * 8), link, Setting(k=2))
+    0.0
     """
-    return frozenset(first_needed[: math.ceil(share * len(first_needed) - 1e-9)])
+    num_units = len(workload.units)
+    seconds: dict[int, float] = {}
+
+    def step_s(count: int) -> float:
+        if count not in seconds:
+            other = replace(setting, update_on_device=count / num_units)
+            seconds[count] = simulate(workload, speeds, other).step_s
+        return seconds[count]
+
+    step = max(1, num_units // (_NUM_LEVELS - 1))
+    best = _smallest_best([*range(0, num_units, step), num_units], step_s)
+    while step > 1:
+        step //= 2
+        near = [count for count in (best - step, best, best + step) if 0 <= count <= num_units]
+        best = _smallest_best(near, step_s)
+    return best / num_units if step_s(best) < _WORTH * step_s(0) else 0.0
+
+
+def _smallest_best(counts: Sequence[int], step_s: Callable[[int], float]) -> int:
+    """Return the smallest of some ascending counts that is about as fast as any of them."""
+    limit_s = min(map(step_s, counts)) * (1 + _TIE)
+    return next(count for count in counts if step_s(count) <= limit_s)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_superpipe.errors import PlanError
 
-__all__ = ["Curve", "Setting", "Speeds", "UnitWork", "Workload"]
+__all__ = ["Curve", "Setting", "Speeds", "UnitWork", "Workload", "updated_on_device"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class UnitWork:
         state_bytes: of its optimizer states, masters included, in host memory.
         forward_s: compute of its forward, seconds.
         backward_s: of its backward, with activations kept (recomputing adds ``forward_s``), seconds.
-        update_s: of its optimizer step on the host, seconds.
+        update_s: of its optimizer step on the host, seconds; of its part of one where gradients accumulate.
         update_on_device_s: of the same on the device, without copies; None where it cannot run there.
         activation_bytes: held from its forward to its backward when kept.
         input_bytes: held instead when recomputed: its inputs, as far as nothing else holds them.
@@ -139,6 +141,7 @@ class Workload:
         tokens: in the batch; 0 where nobody counts them.
         undisturbed: the loop lets nobody write to weights between steps (as Lightning's without hooks does), so that
             units which no step has changed may stay on the device.
+        updates: optimizer steps for each of these steps; less than 1 where gradients accumulate.
     """
 
     units: tuple[UnitWork, ...]
@@ -151,6 +154,7 @@ class Workload:
     samples: int = 1
     tokens: int = 0
     undisturbed: bool = False
+    updates: float = 1.0
 
     @property
     def slot_bytes(self) -> int:
@@ -187,3 +191,18 @@ class Setting:
         ('keep', 'recompute')
         """
         return self.activations[unit] if self.activations else "keep"
+
+
+def updated_on_device(first_needed: Sequence[int], share: float) -> frozenset[int]:
+    """Return the units that are updated on the device: those which the next forward needs first.
+
+    Backward has used them last, so that some still lie in slots; and nothing hides their update on the host.
+
+    Args:
+        first_needed: all units, in the order of the forward.
+        share: of all units, 0.0 to 1.0; any share above 0 is one unit at least.
+
+    >>> sorted(updated_on_device([2, 0, 1, 3], 0.5)), sorted(updated_on_device([2, 0, 1, 3], 0.01))
+    ([0, 2], [2])
+    """
+    return frozenset(first_needed[: math.ceil(share * len(first_needed) - 1e-9)])

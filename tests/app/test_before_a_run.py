@@ -101,6 +101,28 @@ def test_plan_refuses_an_unknown_machine_with_the_nearest(superpipe: Command) ->
     assert "did you mean 'cpu-2cores'" in str(superpipe("plan", "experiment=tiny", "device=cpu-2core").status)
 
 
+def test_plan_of_a_model_without_data_says_what_is_missing(superpipe: Command) -> None:
+    said = str(superpipe("plan", "model=byte_gpt", "device=rtx4090-24g").status)
+    assert "No data was chosen: add data=NAME" in said
+
+
+def test_plan_with_a_file_that_is_no_profile_is_refused(superpipe: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text("{", encoding="utf-8")
+    said = str(superpipe("plan", "experiment=tiny", f"device={tmp_path / 'mine.json'}").status)
+    assert "is not a machine profile of this version" in said and "measure again" in said
+
+
+def test_plan_says_what_the_host_lacks(superpipe: Command) -> None:
+    ran = superpipe("plan", "experiment=tiny", "device=cpu-2cores", "+superpipe.host_memory=1KiB")
+    assert "host_memory allows 1.0 KiB" in f"{ran.status} {ran.out}"
+
+
+def test_plan_says_that_everything_fits(superpipe: Command) -> None:
+    ran = superpipe("plan", "experiment=tiny", "k=auto", "device=cpu-2cores", "superpipe.device_memory=1GiB")
+    assert ran.status == 0
+    assert "everything fits, so no unit leaves the device, as without streaming" in ran.out
+
+
 def test_a_model_of_billions_is_planned_without_its_memory(superpipe: Command) -> None:
     before = psutil.Process().memory_info().rss
     ran = superpipe("plan", *LARGE, "data=source_code", "device=rtx4090-24g", "machine=gpu", "batch_size=2")

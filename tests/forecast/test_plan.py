@@ -54,6 +54,27 @@ def test_windows_are_simulated_and_the_chosen_one_is_marked(small_machine: Machi
     assert found.choice.explain() in text
 
 
+class Scaled(Network):
+    """With a parameter outside all units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1000, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.blocks(x) * self.scale.mean(0)
+        return y
+
+
+def test_updates_outside_units_hold_the_loop_up_and_what_is_not_counted_is_said(small_machine: MachineProfile) -> None:
+    without, with_it = (forecast(small_machine, kind(), k=2, resident=0) for kind in (Network, Scaled))
+    took = small_machine.update_seconds("float32", 1000 * WIDTH)
+    assert took is not None
+    assert with_it.workload.between_s == pytest.approx(took)
+    assert without.workload.between_s == 0.0
+    assert "Not counted: the loop," in str(with_it)
+
+
 def test_knobs_of_the_user_stay(small_machine: MachineProfile) -> None:
     found = forecast(small_machine, k=3, k_prime=2, activations="recompute", resident=0)
     assert found.choice is not None

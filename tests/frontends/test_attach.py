@@ -206,3 +206,55 @@ def test_budget_too_small_is_refused_and_leaves_the_model_alone() -> None:
 def test_emulation_is_said() -> None:
     with pytest.warns(SuperpipeWarning, match="emulated"):
         attach(network(), k=1, device="cpu").close()
+
+
+# -- a model that only computes
+
+
+def wide() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(12)))
+
+
+@pytest.mark.parametrize(("num_units_that_fit", "stays"), [(8, False), (20, True)])
+def test_a_model_without_an_optimizer_is_planned_for_its_passes(num_units_that_fit: int, stays: bool) -> None:
+    """Also where training begins after all: with the window that was safe for it, and planned anew."""
+    model, reference = wide(), wide()
+    x = torch.randn(4, 64)
+    allowed = num_units_that_fit * 64 * 65 * 4
+    with attach(model, device="cpu", device_memory=allowed, adversary=Adversary(max_delay_ms=0.2)) as pipe:
+        with torch.no_grad():
+            for _ in range(8):
+                assert torch.equal(model(x), reference(x))
+        report = pipe.report()
+        assert "predicted:" in report.plan
+        assert ("everything fits" in report.plan) is stays
+        assert report.k + report.num_resident <= min(12, num_units_that_fit)
+        assert (report.k + report.num_resident == 12) is stays
+        for _ in range(8):
+            losses = [each(x).pow(2).mean() for each in (model, reference)]
+            for loss in losses:
+                loss.backward()
+            assert torch.equal(*losses)
+            with torch.no_grad():
+                for own, other in zip(model.parameters(), reference.parameters(), strict=True):
+                    assert own.grad is not None and other.grad is not None and torch.equal(own.grad, other.grad)
+                    own -= 0.1 * own.grad
+                    other -= 0.1 * other.grad
+                    own.grad = other.grad = None
+        assert pipe.report().plan != report.plan
+        assert pipe.report().peak_device_bytes <= allowed
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generation_is_planned_for() -> None:
+    model, reference = make_model(Story()).eval(), make_model(Story()).eval()
+    with attach(model, device="cpu", device_memory="64MiB") as pipe:
+        for _ in range(7):
+            found, expected = (
+                each.generate(PROMPT, max_new_tokens=4, do_sample=False, pad_token_id=0) for each in (model, reference)
+            )
+            assert torch.equal(found, expected)
+        profile = pipe.unit_profile()
+        assert profile is not None and not profile.workload.trains and profile.num_passes == 4
+        assert "everything fits" in pipe.report().plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +12,10 @@ from torch import nn
 from lightning_superpipe import SuperpipeStrategy, attach
 from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
 from lightning_superpipe.errors import BudgetError, ConfigError, UnsupportedError
-from lightning_superpipe.observe.report import PeakBytes
-from lightning_superpipe.observe.unit_profile import UnitProfile
-from lightning_superpipe.optimizer.share import costs_of
-from lightning_superpipe.planning.update_share import UpdateCosts, choose_share
-from lightning_superpipe.planning.workload import Curve, Setting, Speeds, UnitWork, Workload
+from lightning_superpipe.observe import MachineProfile
+from lightning_superpipe.observe.rates import MemoryRate
+from lightning_superpipe.optimizer.share import with_kernels
+from lightning_superpipe.planning.workload import UnitWork, Workload
 from tests.engine.tiny import batches, chain
 from tests.lightning.test_update import Kept, fitted, is_same, made
 from tests.precision.loops import OPTIMIZERS, Plan, assert_same, mastered, streamed, wired
@@ -113,40 +112,31 @@ def test_peak_holds_the_scratch() -> None:
     assert with_it.peak.anchors - without.peak.anchors >= gradients_and_states
 
 
-# -- the share that the cost model finds
+# -- the share that is found
 
-SLOW_HOST = UpdateCosts(8, 1.0, 0.5, 4e6, 4e6, 8e6, 6e7, 3.2e7, 1e9, 1e9)
-
-
-def test_share_is_the_one_that_makes_the_busiest_lane_shortest() -> None:
-    share = choose_share(SLOW_HOST)
-    assert share * SLOW_HOST.num_units == min(range(9), key=SLOW_HOST.step_seconds)
+UNIT = UnitWork("h", 100, 80, state_bytes=160, forward_s=0.25, backward_s=0.75, update_s=3.0)
 
 
-def profile(update_s: float) -> UnitProfile:
-    """Two units of 100 bytes, over links of 200 and 320 bytes per second."""
-    unit = UnitWork("h", 100, 80, state_bytes=160, forward_s=0.25, backward_s=0.75, update_s=update_s)
-    speeds = Speeds(h2d=Curve.steady(200.0), d2h=Curve.steady(320.0))
-    return UnitProfile(Workload((unit, unit)), speeds, Setting(k=1), (0, 1), (1.0,), PeakBytes(), "cpu", True)
+def test_kernels_take_what_the_devices_memory_takes() -> None:
+    machine = MachineProfile("emu:0", False, (), (), {}, memory=(MemoryRate(1200, (4.0,)),))
+    workload = Workload((UNIT, replace(UNIT, gradient_bytes=0), replace(UNIT, update_s=0.0)))
+    there = [unit.update_on_device_s for unit in with_kernels(workload, torch.device("emu:0"), machine).units]
+    assert there == pytest.approx([(80 + 2 * (100 + 160)) / 300, None, None])
+    unknown = with_kernels(workload, torch.device("emu:0"), None)
+    assert [unit.update_on_device_s for unit in unknown.units] == [0.0, None, None]
 
 
-def test_costs_are_those_that_were_measured() -> None:
-    costs = costs_of(profile(update_s=3.0))
-    assert costs is not None
-    assert dataclasses.astuple(costs) == pytest.approx((2, 2.0, 3.0, 100, 80, 160, 300, 160, 200, 320))
-
-
-def test_nothing_is_chosen_where_nothing_was_updated() -> None:
-    assert costs_of(profile(update_s=0.0)) is None
+def test_a_device_that_is_the_host_is_no_faster() -> None:
+    assert with_kernels(Workload((UNIT,)), torch.device("cpu"), None).units[0].update_on_device_s == 3.0
 
 
 @pytest.mark.parametrize("record_step", [None, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_auto_takes_what_the_model_finds_once(share: float, record_step: int | None, monkeypatch: Any) -> None:
-    asked: list[UpdateCosts] = []
+    asked: list[Workload] = []
 
-    def choose(costs: UpdateCosts) -> float:
-        asked.append(costs)
+    def choose(workload: Workload, *_: Any) -> float:
+        asked.append(workload)
         return share
 
     monkeypatch.setattr("lightning_superpipe.optimizer.share.choose_share", choose)
@@ -154,8 +144,26 @@ def test_auto_takes_what_the_model_finds_once(share: float, record_step: int | N
     link = Link(h2d_gb_s=1.0, d2h_gb_s=1.0)
     candidate = streamed(case, plan=plan, link=link, update_on_device="auto", record_step=record_step)
     assert_same(candidate, streamed(case, plan=plan, update="at_once", adversary=None))
-    assert len(asked) == 1 and asked[0].num_units == 4
+    assert len(asked) == 1
+    assert [unit.update_s > 0 for unit in asked[0].units] == [True] * 4
     assert candidate.report is not None and candidate.report.num_on_device == 4 * share
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_auto_waits_for_an_update_where_gradients_accumulate(accumulate: int, monkeypatch: Any) -> None:
+    asked: list[Workload] = []
+
+    def choose(workload: Workload, *_: Any) -> float:
+        asked.append(workload)
+        return 0.5
+
+    monkeypatch.setattr("lightning_superpipe.optimizer.share.choose_share", choose)
+    case, plan = chain_case(num_batches=3 * accumulate + 6), Plan("adamw", accumulate=accumulate)
+    candidate = streamed(case, plan=plan, update_on_device="auto", k=2)
+    assert_same(candidate, streamed(case, plan=plan, update="at_once", adversary=None))
+    assert [unit.update_s > 0 for unit in asked[0].units] == [True] * 4
+    assert 1 / (accumulate + 4) <= asked[0].updates <= 0.5
+    assert candidate.report is not None and candidate.report.num_on_device == 2
 
 
 # -- what cannot be
@@ -199,7 +207,7 @@ def test_auto_leaves_an_optimizer_that_cannot_be_split_whole() -> None:
 
 
 def test_auto_chooses_nothing_that_does_not_fit(monkeypatch: Any) -> None:
-    monkeypatch.setattr("lightning_superpipe.optimizer.share.choose_share", lambda costs: 1.0)
+    monkeypatch.setattr("lightning_superpipe.optimizer.share.choose_share", lambda *_: 1.0)
     case, plan = chain_case(num_batches=8), Plan("adamw", clip=0.05)
     link = Link(h2d_gb_s=1.0, d2h_gb_s=1.0)
     options: dict[str, Any] = {"link": link, "update_on_device": "auto", "resident": 0}

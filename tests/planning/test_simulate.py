@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_superpipe.errors import PlanError
 from lightning_superpipe.planning import (
     Curve,
     LaneSeconds,
@@ -21,6 +20,7 @@ from lightning_superpipe.planning import (
 )
 from lightning_superpipe.planning.bounds import StepBounds
 from lightning_superpipe.planning.need import device_need
+from lightning_superpipe.planning.update_share import choose_share
 
 from .reference import small_shapes
 from .strategies import thorough
@@ -119,9 +119,66 @@ def test_a_duplex_link_that_slows_down_lengthens_the_step():
     assert shared.busy == alone.busy
 
 
-def test_units_on_the_device_cannot_be_updated_there():
-    with pytest.raises(PlanError, match=r"update_on_device=0\.5"):
-        simulate(chain(2, weight_bytes=1), FREE, Setting(k=2, update_on_device=0.5))
+def test_units_updated_in_their_slots_are_not_loaded_again():
+    work = chain(
+        2, weight_bytes=2, gradient_bytes=2, state_bytes=4, forward_s=10.0, backward_s=10.0, update_s=100.0,
+        update_on_device_s=1.0,
+    )  # fmt: skip
+    step = simulate(work, machine(), Setting(k=2, update_on_device=1.0))
+    # From the end of backward on: gradients and states of unit 0 go there 0-6, its kernels run 6-7, it comes home 7-13;
+    # unit 1 6-12, 12-13, 13-19. F0 waits until 7 and shares the device with the second kernels: 7-18. F1 18-28,
+    # B1 28-38, B0 38-48, its gradients are home at 50.
+    assert (step.step_s, step.stalls_s, step.end_stall_s, step.num_loads) == (50.0, (7.0, 0.0), 2.0, 0.0)
+    assert step.busy == LaneSeconds(compute=41.0, h2d=12.0, d2h=16.0)
+    assert (step.h2d_bytes, step.d2h_bytes) == (12, 16)
+
+
+def test_units_updated_out_of_their_slots_bring_their_weights_along_and_are_loaded_when_they_are_home():
+    work = chain(
+        2, weight_bytes=2, gradient_bytes=2, state_bytes=4, forward_s=100.0, backward_s=100.0, update_on_device_s=1.0
+    )
+    step = simulate(work, machine(), Setting(k=1, update_on_device=1.0))
+    # Unit 0 has stayed in the one slot (6 there, 6 home); unit 1 takes 8 there, and is loaded twice.
+    assert step.num_loads == 2.0
+    assert (step.h2d_bytes, step.d2h_bytes) == (6 + 8 + 2 * 2, 2 * (6 + 2))
+    assert step.stalls_s[0] == 7.0 + 2.0  # its kernels, and its load in backward
+
+
+def test_gradients_that_accumulate_bring_a_part_of_each_update():
+    work = chain(2, weight_bytes=2, gradient_bytes=2, state_bytes=4, update_on_device_s=1.0)
+    whole, half = (
+        simulate(replace(work, updates=updates), machine(), Setting(k=2, update_on_device=1.0))
+        for updates in (1.0, 0.5)
+    )
+    assert (whole.h2d_bytes, half.h2d_bytes) == (12, 6)
+
+
+@given(problems())
+@thorough
+def test_updates_on_the_device_that_cost_nothing_are_like_none(problem):
+    workload, setting = problem
+    setting = replace(setting, update="after_backward")
+    free = replace(workload, units=tuple(replace(unit, update_s=0.0) for unit in workload.units))
+    there = tuple(replace(unit, update_s=99.0, update_on_device_s=0.0, state_bytes=0) for unit in workload.units)
+    none = simulate(free, FREE, setting)
+    found = simulate(replace(workload, units=there), FREE, replace(setting, update_on_device=1.0))
+    assert found.step_s == pytest.approx(none.step_s)
+    assert found.num_loads <= none.num_loads
+
+
+@pytest.mark.parametrize("update_s", [0.5, 3.0, 6.0, 12.0, 40.0])
+@pytest.mark.parametrize("setting", [Setting(k=2), Setting(k=3, resident=4), Setting(k=2, update="in_backward")])
+def test_the_share_is_as_good_as_the_best_of_all(update_s, setting):
+    work = chain(
+        12, weight_bytes=4, gradient_bytes=4, state_bytes=8, forward_s=2.0, backward_s=4.0, update_s=update_s,
+        update_on_device_s=0.1,
+    )  # fmt: skip
+    seconds = [simulate(work, machine(4.0, 4.0), replace(setting, update_on_device=m / 12)).step_s for m in range(13)]
+    share = choose_share(work, machine(4.0, 4.0), setting)
+    if min(seconds) < 0.95 * seconds[0]:
+        assert seconds[round(12 * share)] <= 1.02 * min(seconds)
+    else:
+        assert share == 0.0
 
 
 # -- promises
