@@ -96,7 +96,7 @@ def table_of(state: dict[str, Any]) -> Table:
 def main() -> None:
     """Run the models that have no results yet, and print all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each setting")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")
     parser.add_argument("--only", default=None, help="one model, by its name")
     parser.add_argument("--again", action="store_true", help="also where there are results")
     options = parser.parse_args()

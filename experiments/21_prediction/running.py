@@ -65,7 +65,7 @@ def run(job: Job, setting: Setting, *, num_steps: int, names: Sequence[str] = ()
     session.attend([optimizer])
     for _ in range(WARM_UP + num_steps + 1):
         begins.append(time.perf_counter())
-        with session.step("train"):
+        with session.step("train", is_undisturbed=True):
             loss = loss_of(model)
         session.begin_backward(is_undisturbed=True)
         loss.backward()
