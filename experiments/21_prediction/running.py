@@ -78,3 +78,13 @@ def run(job: Job, setting: Setting, *, num_steps: int, names: Sequence[str] = ()
     profile = session.unit_profile()
     assert profile is not None, "three steps were timed"
     return Run(step_ms, profile.peak, profile, loss.item())
+
+
+def profiled(job: Job, setting: Setting) -> UnitProfile:
+    """Return the unit profile of one setting: where compute is real, of three runs that whose steps are the middle.
+
+    A run before them is thrown away: a process's first steps are slower, memory is new and threads start.
+    """
+    run(job, setting, num_steps=1)
+    runs = [run(job, setting, num_steps=1) for _ in range(1 if job.told else 3)]
+    return sorted(runs, key=lambda each: statistics.median(each.profile.step_s))[len(runs) // 2].profile

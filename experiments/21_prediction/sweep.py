@@ -22,7 +22,7 @@ from jobs import Job, sweep_jobs
 from results_file import newest, save, with_steady_allocator
 from rich.console import Console
 from rich.table import Table
-from running import run
+from running import profiled, run
 
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.planning import Limits, Setting, Speeds, Workload, choose
@@ -45,7 +45,7 @@ def settings(num_units: int) -> list[Setting]:
 
 def sweep(job: Job) -> list[dict[str, Any]]:
     """Run every setting of the sweep."""
-    profile, rows = profiled(job), []
+    profile, rows = profiled(job, BASE), []
     names = [unit.name for unit in profile.workload.units]
     for setting in settings(len(names)):
         each = run(job, setting, num_steps=3, names=names, warm_up=2)
@@ -53,15 +53,9 @@ def sweep(job: Job) -> list[dict[str, Any]]:
     return rows
 
 
-def profiled(job: Job) -> UnitProfile:
-    """Return the unit profile of one setting."""
-    run(job, BASE, num_steps=1)  # a process's first steps are slower: memory is new, threads start
-    return run(job, BASE, num_steps=1).profile
-
-
 def compare(job: Job, rows: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
     """Choose under each budget, and run the choice and the best few of the sweep in turns."""
-    profile = profiled(job)
+    profile = profiled(job, BASE)
     largest = max(row["bytes"] for row in rows)
     pairs = [_pair(job, profile, rows, int(share * largest), num_steps) for share in BUDGETS]
     return {"pairs": pairs, "planning_s": planning_seconds(profile.workload, profile.speeds)}
