@@ -19,7 +19,7 @@ from jobs import Job, jobs
 from results_file import newest, save, with_steady_allocator
 from rich.console import Console
 from rich.table import Table
-from running import run
+from running import profiled, run
 
 from lightning_superpipe.planning import Setting, simulate
 
@@ -39,8 +39,7 @@ def settings(num_units: int) -> list[tuple[str, Setting]]:
 
 def compare(job: Job, num_steps: int) -> dict[str, Any]:
     """Profile one setting, predict the others, run them."""
-    run(job, BASE, num_steps=1)  # a process's first steps are slower: memory is new, threads start
-    profile = run(job, BASE, num_steps=1).profile
+    profile = profiled(job, BASE)
     names, rows = [unit.name for unit in profile.workload.units], []
     for policy, setting in settings(len(names)):
         start = time.perf_counter()
@@ -96,7 +95,7 @@ def table_of(state: dict[str, Any]) -> Table:
 def main() -> None:
     """Run the models that have no results yet, and print all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each setting")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")
     parser.add_argument("--only", default=None, help="one model, by its name")
     parser.add_argument("--again", action="store_true", help="also where there are results")
     options = parser.parse_args()

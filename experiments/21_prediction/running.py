@@ -42,11 +42,12 @@ class Run:
         return statistics.median(self.step_ms)
 
 
-def run(job: Job, setting: Setting, *, num_steps: int, names: Sequence[str] = ()) -> Run:
+def run(job: Job, setting: Setting, *, num_steps: int, names: Sequence[str] = (), warm_up: int = WARM_UP) -> Run:
     """Train with one setting, as Lightning's loop does.
 
     Args:
         names: of the units, in order of execution; needed where the setting has policies of its own.
+        warm_up: steps before those that are timed; with less than all that is measured, some are recorded as well.
     """
     gc.collect()
     model, loss_of = job.make()
@@ -63,9 +64,9 @@ def run(job: Job, setting: Setting, *, num_steps: int, names: Sequence[str] = ()
     begins = []
     session = Session(model, config, DEVICE, trains=True, optimizers=[optimizer])
     session.attend([optimizer])
-    for _ in range(WARM_UP + num_steps + 1):
+    for _ in range(warm_up + num_steps + 1):
         begins.append(time.perf_counter())
-        with session.step("train"):
+        with session.step("train", is_undisturbed=True):
             loss = loss_of(model)
         session.begin_backward(is_undisturbed=True)
         loss.backward()
@@ -73,7 +74,17 @@ def run(job: Job, setting: Setting, *, num_steps: int, names: Sequence[str] = ()
         optimizer.step()
         optimizer.zero_grad()
     session.close()
-    step_ms = [1e3 * (end - begin) for begin, end in zip(begins[WARM_UP:], begins[WARM_UP + 1 :], strict=False)]
+    step_ms = [1e3 * (end - begin) for begin, end in zip(begins[warm_up:], begins[warm_up + 1 :], strict=False)]
     profile = session.unit_profile()
     assert profile is not None, "three steps were timed"
     return Run(step_ms, profile.peak, profile, loss.item())
+
+
+def profiled(job: Job, setting: Setting) -> UnitProfile:
+    """Return the unit profile of one setting: where compute is real, of three runs that whose steps are the middle.
+
+    A run before them is thrown away: a process's first steps are slower, memory is new and threads start.
+    """
+    run(job, setting, num_steps=1)
+    runs = [run(job, setting, num_steps=1) for _ in range(1 if job.told else 3)]
+    return sorted(runs, key=lambda each: statistics.median(each.profile.step_s))[len(runs) // 2].profile

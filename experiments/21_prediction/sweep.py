@@ -1,10 +1,11 @@
 """The setting that is chosen, against the best of a sweep that tries them all.
 
-For each model behind its link every setting of a sweep is run once: its step time and its peak. A budget of device
-memory then says which of them are allowed, and the fastest of these is what the choice has to match. The choice knows
-only the unit profile of one setting, and is run as well.
+For each model behind its link every setting of a sweep is run: its step time and its peak. A budget of device memory
+then says which of them are allowed, and the fastest of these is what the choice has to match. The choice knows only the
+unit profile of one setting. It and the best few of the sweep are run again, in turns, and these times are compared.
 
-Each model is a part of its own: ``--only NAME`` runs one, and without ``--again`` those whose results exist are left.
+Each model is a part of its own: ``--only NAME`` runs one. What has results is left, so that a sweep that was ended goes
+on where it was; ``--again`` begins anew, ``--choice`` only chooses again under the sweeps there are.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from jobs import Job, sweep_jobs
 from results_file import newest, save, with_steady_allocator
 from rich.console import Console
 from rich.table import Table
-from running import run
+from running import profiled, run
 
+from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.planning import Limits, Setting, Speeds, Workload, choose
 
 BASE = Setting(k=3)
 BUDGETS = (0.45, 0.7)  # of what the largest setting of the sweep takes
+NUM_BEST, NUM_TURNS = 4, 3  # so many of the fastest are run again, so often
 NUM_LARGE = 200  # units, for the time of planning
 
 
@@ -40,43 +43,50 @@ def settings(num_units: int) -> list[Setting]:
     return [Setting(*window, each) for each in policies for window in windows]
 
 
-def sweep(job: Job, num_steps: int, rows: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    """Run every setting, unless ``rows`` holds them already, then what is chosen under each budget."""
-    run(job, BASE, num_steps=1)  # a process's first steps are slower: memory is new, threads start
-    profile = run(job, BASE, num_steps=1).profile
-    names, is_known = [unit.name for unit in profile.workload.units], rows is not None
-    rows = rows or []
-    for setting in [] if is_known else settings(len(names)):
-        each = run(job, setting, num_steps=num_steps, names=names)
+def sweep(job: Job) -> list[dict[str, Any]]:
+    """Run every setting of the sweep."""
+    profile, rows = profiled(job, BASE), []
+    names = [unit.name for unit in profile.workload.units]
+    for setting in settings(len(names)):
+        each = run(job, setting, num_steps=3, names=names, warm_up=2)
         rows.append({"setting": asdict(setting), "ms": each.median_ms, "bytes": each.peak.total})
-    largest, pairs = max(row["bytes"] for row in rows), []
-    for share in BUDGETS:
-        limits = Limits(device_bytes=int(share * largest))
-        choice = choose(profile.workload, profile.speeds, limits)
-        chosen = run(job, choice.setting, num_steps=num_steps, names=names)
-        fitting = [row for row in rows if row["bytes"] <= limits.device_bytes]
-        best = min(fitting, key=lambda row: row["ms"])
-        again = run(job, _setting(best["setting"]), num_steps=num_steps, names=names)
-        pairs.append(
-            {
-                "budget_bytes": limits.device_bytes,
-                "explanation": choice.explain(),
-                "setting": asdict(choice.setting),
-                "predicted_ms": 1e3 * choice.prediction.step_s,
-                "measured_ms": chosen.median_ms,
-                "measured_bytes": chosen.peak.total,
-                "best_setting": best["setting"],
-                "best_ms": best["ms"],
-                "best_again_ms": again.median_ms,
-                "num_allowed": len(fitting),
-            }
-        )
+    return rows
+
+
+def compare(job: Job, rows: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
+    """Choose under each budget, and run the choice and the best few of the sweep in turns."""
+    profile = profiled(job, BASE)
+    largest = max(row["bytes"] for row in rows)
+    pairs = [_pair(job, profile, rows, int(share * largest), num_steps) for share in BUDGETS]
+    return {"pairs": pairs, "planning_s": planning_seconds(profile.workload, profile.speeds)}
+
+
+def _pair(job: Job, profile: UnitProfile, rows: list[dict[str, Any]], budget: int, num_steps: int) -> dict[str, Any]:
+    names = [unit.name for unit in profile.workload.units]
+    choice = choose(profile.workload, profile.speeds, Limits(device_bytes=budget))
+    fitting = [row for row in rows if row["bytes"] <= budget]
+    best = sorted(fitting, key=lambda row: row["ms"])[:NUM_BEST]
+    runs = [choice.setting, *(_setting(row["setting"]) for row in best)]
+    times: list[list[float]] = [[] for _ in runs]
+    largest = 0
+    for _ in range(NUM_TURNS):
+        for index, setting in enumerate(runs):
+            each = run(job, setting, num_steps=num_steps, names=names, warm_up=2)
+            times[index] += each.step_ms
+            largest = max(largest, each.peak.total) if index == 0 else largest
+    again = [statistics.median(each) for each in times]
     return {
-        "told": job.told,
-        "link": asdict(job.link),
-        "rows": rows,
-        "pairs": pairs,
-        "planning_s": planning_seconds(profile.workload, profile.speeds),
+        "budget_bytes": budget,
+        "explanation": choice.explain(),
+        "setting": asdict(choice.setting),
+        "predicted_ms": 1e3 * choice.prediction.step_s,
+        "measured_ms": again[0],
+        "measured_bytes": largest,
+        "best": [
+            {"setting": row["setting"], "ms": ms, "bytes": row["bytes"]}
+            for row, ms in zip(best, again[1:], strict=True)
+        ],
+        "num_allowed": len(fitting),
     }
 
 
@@ -102,20 +112,21 @@ def table_of(states: list[dict[str, Any]]) -> Table:
     table = Table("model", "budget", "chosen", "best of the sweep", "allowed", "chosen / best")
     for state in states:
         for pair in state["pairs"]:
+            best = best_of(pair)
             table.add_row(
                 state["name"],
                 f"{pair['budget_bytes'] / 1e6:.0f} MB",
                 f"{words(pair['setting'])}: {pair['measured_ms']:.0f} ms",
-                f"{words(pair['best_setting'])}: {best_ms(pair):.0f} ms",
+                f"{words(best['setting'])}: {best['ms']:.0f} ms",
                 str(pair["num_allowed"]),
-                f"{pair['measured_ms'] / best_ms(pair):.3f}",
+                f"{pair['measured_ms'] / best['ms']:.3f}",
             )
     return table
 
 
-def best_ms(pair: dict[str, Any]) -> float:
-    """The fastest setting's time: of two runs, since the fastest of many is also the luckiest."""
-    return statistics.mean((pair["best_ms"], pair["best_again_ms"]))
+def best_of(pair: dict[str, Any]) -> dict[str, Any]:
+    """The fastest of the best few, when all were run in turns."""
+    return min(pair["best"], key=lambda each: each["ms"])
 
 
 def words(setting: dict[str, Any]) -> str:
@@ -128,7 +139,7 @@ def words(setting: dict[str, Any]) -> str:
 def main() -> None:
     """Sweep the models that have no results yet, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=7, help="timed steps of each setting")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of each run in turns")
     parser.add_argument("--only", default=None, help="one model, by its name")
     parser.add_argument("--again", action="store_true", help="also where there are results")
     parser.add_argument("--choice", action="store_true", help="only choose again, under the sweeps there are")
@@ -136,13 +147,15 @@ def main() -> None:
     with_steady_allocator()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    have = {state["name"]: state["rows"] for state in newest("sweep")}
+    have = {} if options.again else {state["name"]: state for state in newest("sweep")}
     for job in sweep_jobs():
-        if options.choice and job.name in have:
-            print(save("sweep", job.name, sweep(job, options.steps, have[job.name])))
-        elif (options.only is None and (job.name not in have or options.again)) or options.only == job.name:
-            print(save("sweep", job.name, sweep(job, options.steps)))
-    states = newest("sweep")
+        if options.only not in (None, job.name):
+            continue
+        state = have.get(job.name) or {"told": job.told, "link": asdict(job.link), "rows": sweep(job), "pairs": []}
+        save("sweep", job.name, state)
+        if options.choice or not state["pairs"]:
+            print(save("sweep", job.name, {**state, **compare(job, state["rows"], options.steps)}))
+    states = [state for state in newest("sweep") if state["pairs"]]
     Console(width=160).print(table_of(states))
     print(f"planning of {NUM_LARGE} units: at most {max(max(state['planning_s']) for state in states):.2f} s")
 

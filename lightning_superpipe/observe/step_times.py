@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lightning_superpipe.observe.trace import Lane, Span
-from lightning_superpipe.planning.workload import Curve, Speeds
+from lightning_superpipe.planning.workload import ALIKE, Curve, Speeds
 
 __all__ = ["StepMark", "UnitTimes", "speeds_of", "unit_times"]
 
@@ -171,7 +171,7 @@ def _curve(seen: Mapping[int, float]) -> Curve:
         reached = max(reached, seconds)
         points.append((size, reached))
     (size, seconds), (largest, longest) = points[0], points[-1]
-    rate = (longest - seconds) / (largest - size) if largest > size else seconds / size
+    rate = (longest - seconds) / (largest - size) if largest > ALIKE * size else seconds / size
     latency = max(0.0, seconds - rate * size)  # what the smallest copy cost beside its bytes
     if largest == size:
         points.append((2 * size, 2 * seconds))

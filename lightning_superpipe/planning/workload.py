@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_superpipe.errors import PlanError
 
-__all__ = ["Curve", "Setting", "Speeds", "UnitWork", "Workload", "updated_on_device"]
+__all__ = ["ALIKE", "Curve", "Setting", "Speeds", "UnitWork", "Workload", "updated_on_device"]
+
+ALIKE = 1.25
+"""A line through two sizes that differ by less than this factor would show noise as a rate."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """How long moving bytes takes: measured points, with straight lines between them and beyond the last.
+
+    What lies beyond goes on from a point that is clearly smaller than the last, if there is one.
 
     Attributes:
         points: (bytes, seconds), ascending in bytes; at least one. Below the first point its seconds hold: that is the
@@ -52,9 +57,12 @@ class Curve:
         if at == 0:
             return self.points[0][1]
         if at == len(sizes):
-            if at == 1:
-                return self.points[0][1] * num_bytes / max(sizes[0], 1)
-            at -= 1
+            (last, last_s) = self.points[-1]
+            at = bisect_right(sizes, last / ALIKE)
+            if at == 0:
+                return last_s * num_bytes / max(last, 1)
+            low, low_s = self.points[at - 1]
+            return low_s + (last_s - low_s) * (num_bytes - low) / (last - low)
         (low, low_s), (high, high_s) = self.points[at - 1 : at + 1]
         return low_s + (high_s - low_s) * (num_bytes - low) / (high - low)
 
