@@ -176,7 +176,7 @@ class SuperpipeConfig:
             free there when the run begins, but for a margin. None refuses nothing: where ``k`` is ``"auto"``, what an
             accelerator has free limits the choice.
         host_memory: bytes that weights, gradients, optimizer states and staging may take on the host together; None
-            takes what the machine has available. A run that needs more is refused before anything is allocated.
+            takes what is available. A run that needs more is refused; of units in files as many stay here as it holds.
         store: where what is not on the device lives: ``"host"``, ``"disk"`` (weights and optimizer states, masters
             among them, in files; gradients and activations stay in host memory), or a mapping of kinds (``"weights"``,
             ``"states"``, ``"gradients"``, ``"activations"``) to these; kinds it does not name stay on the host.
@@ -203,8 +203,8 @@ class SuperpipeConfig:
             accelerators only, where no choice could be bit-equal to an update on the device.
         update: when the optimizer's step runs, for optimizers that can be split by units (others run as a whole).
             ``"in_backward"``: each unit as soon as its gradients are home, where a loop is known to look at no gradient
-            before the step (Lightning's automatic optimization without clipping or hooks that could look). Where no
-            hook could look afterwards either, they are gone after the step: ``p.grad`` is None.
+            before the step (Lightning's automatic optimization without clipping or hooks that could look, or
+            ``pipe.updating``). Where no hook could look afterwards either, ``p.grad`` is None after the step.
             ``"after_backward"``: unit by unit from ``optimizer.step()`` on, under the next forward. ``"at_once"``:
             before ``optimizer.step()`` returns. All are exact. ``"auto"`` takes the first that is possible, but the
             last where device and host are one memory.
