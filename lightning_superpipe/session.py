@@ -40,7 +40,7 @@ from lightning_superpipe.optimizer import (
     wants_fused,
 )
 from lightning_superpipe.partition import UnitTable, partition, unit_table
-from lightning_superpipe.planning.budget import choose_k, choose_residents, refuse_updates
+from lightning_superpipe.planning.budget import MemoryNeed, choose_k, choose_residents, refuse_updates
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.promotions import report_promotions
 from lightning_superpipe.rewind import OutOfDeviceMemory
@@ -93,11 +93,8 @@ class Session:
         need = memory_need(root, found, self._wire, trains=trains)
         limit = device_limit(config, device)
         budget = None if config.device_memory is None else limit
-        k_prime = 1 if config.k_prime == "auto" else config.k_prime
-        k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
-        resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
-        start = Setting(k, min(k_prime, k), resident)
-        self.units: UnitTable = unit_table(root, found, k=k)
+        start = _first_setting(config, need, budget)
+        self.units: UnitTable = unit_table(root, found, k=start.k)
         self._need, self._budget, self._root = need, budget, root
         self._optimizers = list(optimizers)
         self._files = files_for(root, self._optimizers, config, need, self._wire, self.units)
@@ -377,3 +374,15 @@ class Session:
 
     def _static_bytes(self) -> tuple[int, int]:
         return static_bytes(self._engine, self._updates, self._need)
+
+
+def _first_setting(config: SuperpipeConfig, need: MemoryNeed, budget: int | None) -> Setting:
+    """What a run begins with, as long as nothing has been measured.
+
+    Raises:
+        BudgetError: not even the smallest window fits.
+    """
+    k_prime = 1 if config.k_prime == "auto" else config.k_prime
+    k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
+    resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
+    return Setting(k, min(k_prime, k), resident)
