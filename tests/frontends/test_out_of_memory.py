@@ -16,6 +16,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from lightning_superpipe import Adversary, FabricSuperpipeStrategy, SuperpipeAccelerator, attach
+from lightning_superpipe.engine import backward_passes
 from lightning_superpipe.errors import BudgetError
 from lightning_superpipe.planning.budget import AUTO_K
 from tests.emu import capacity, peak_bytes, reset_peak, used_bytes
@@ -200,8 +201,9 @@ def test_an_error_of_the_loops_own_is_ours_where_a_with_block_ends() -> None:
         raise torch.OutOfMemoryError("no room for the loss.")
 
 
-def test_torch_is_as_it_was_behind_the_last_session() -> None:
-    before = torch.autograd.backward
+def test_torch_is_as_it_was_behind_the_last_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward_passes, "_listeners", weakref.WeakSet())  # others' sessions may still be open
+    monkeypatch.setattr(torch.autograd, "backward", before := backward_passes._backward)
     one, other = attach(Network(), device="cpu"), attach(Network(), device="cpu")
     assert torch.autograd.backward is not before
     one.close()

@@ -252,8 +252,8 @@ def test_numbers_are_wrong_without(remove: Callable[[Patch], None], name: str, m
 def test_numbers_are_wrong_where_updates_in_backward_do_not_wait_for_gradients(monkeypatch: Patch) -> None:
     start = UpdateStage._start
 
-    def at_once(self: Any, unit: Any, part: Any, bench: Any, *, after: Any) -> None:
-        start(self, unit, part, bench, after=stage.Past())
+    def at_once(self: Any, unit: Any, part: Any, bench: Any, *, after: Any, rank: int) -> None:
+        start(self, unit, part, bench, after=stage.Past(), rank=rank)
 
     monkeypatch.setattr(UpdateStage, "_start", at_once)
     assert not streams_to_the_same(LOOPS["accumulated"], in_backward=True, stage_of=UpdateStage, max_delay_ms=10.0)
