@@ -24,10 +24,13 @@ def workload_on(profile: MachineProfile, step: PlayedStep, host: MachineProfile 
     """
     host = host if host is not None and not profile.updates else profile
     total = sum(unit.num_trained for unit in step.units)
-    per_parameter = (step.host.states + step.host.masters) / max(total, 1)
+    state_bytes = step.host.states + step.host.masters
+    per_parameter = state_bytes / max(total + step.num_trained_outside, 1)
+    spread = state_bytes / max(total, 1)  # states outside units count with those inside: they have no other place
+    units = (_unit_work(profile, host, unit, per_parameter, spread) for unit in step.units)
     first = next((index for index, unit in enumerate(step.units) if unit.tape.backward.operations), len(step.units))
     return Workload(
-        units=tuple(_unit_work(profile, host, unit, per_parameter) for unit in step.units),
+        units=tuple(units),
         anchor_bytes=step.need.anchor_bytes,
         turn_s=part_seconds(profile, step.turn),
         turn_bytes=max(0, step.turn.peak_bytes - _held(step)),
@@ -67,14 +70,16 @@ def _activations(unit: PlayedUnit) -> int:
     return max(0, unit.tape.end_bytes - unit.tape.begin_bytes)
 
 
-def _unit_work(profile: MachineProfile, host: MachineProfile, unit: PlayedUnit, state_bytes: float) -> UnitWork:
+def _unit_work(
+    profile: MachineProfile, host: MachineProfile, unit: PlayedUnit, state_bytes: float, spread_bytes: float
+) -> UnitWork:
     tape, held = unit.tape, _activations(unit)
     backward_s = part_seconds(profile, tape.backward)
     return UnitWork(
         name=tape.name,
         weight_bytes=unit.weight_bytes,
         gradient_bytes=unit.gradient_bytes,
-        state_bytes=round(state_bytes * unit.num_trained),
+        state_bytes=round(spread_bytes * unit.num_trained),
         forward_s=part_seconds(profile, tape.forward),
         backward_s=backward_s,
         update_s=_update_seconds(host, unit.update_dtype, unit.num_trained, state_bytes),
