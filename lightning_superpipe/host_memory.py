@@ -22,8 +22,8 @@ from lightning_superpipe.planning.disk_tier import FileChoice, choose_files
 from lightning_superpipe.planning.host_budget import HostNeed
 from lightning_superpipe.tiers import Tier, is_mapped
 
-__all__ = ["choose_for", "files_for", "held_bytes", "host_limit", "host_need", "require_host", "stored_kinds"]
-__all__ += ["training_bytes", "unit_sizes"]
+__all__ = ["choose_for", "files_for", "held_bytes", "host_limit", "host_need", "need_beside_files", "require_host"]
+__all__ += ["stored_kinds", "training_bytes", "unit_sizes"]
 
 _MASTER_BYTES = torch.float32.itemsize
 _ADAMW_STATES = 2
@@ -82,18 +82,28 @@ def require_host(
         BudgetError: it cannot.
     """
     need = host_need(root, optimizers, device_need, wire, with_masters=config.master_weights is not None)
-    if kinds := stored_kinds(config):
-        sizes = unit_sizes(units)
-        need = need.with_files(
-            kinds,
-            streamed=sum(sizes),
-            largest=max(sizes),
-            num_buffers=files.ring,
-            undo=(config.disk or Disk()).undo,
-            kept=sum(sizes[unit] for unit in files.in_memory),
-        )
+    need = need_beside_files(config, need, unit_sizes(units), files)
     limit = config.host_memory if isinstance(config.host_memory, int) else None
     need.check(available=available_bytes(), limit=limit)
+
+
+def need_beside_files(config: SuperpipeConfig, need: HostNeed, sizes: Sequence[int], files: FileChoice) -> HostNeed:
+    """What is left in host memory of a need, where kinds of bytes live in files.
+
+    Args:
+        sizes: weights of each unit, bytes.
+        files: what stays, and how many buffers there are.
+    """
+    if not (kinds := stored_kinds(config)):
+        return need
+    return need.with_files(
+        kinds,
+        streamed=sum(sizes),
+        largest=max(sizes),
+        num_buffers=files.ring,
+        undo=(config.disk or Disk()).undo,
+        kept=sum(sizes[unit] for unit in files.in_memory),
+    )
 
 
 def files_for(

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from lightning_superpipe.config import SuperpipeConfig
-from lightning_superpipe.host_memory import choose_for, stored_kinds
+from lightning_superpipe.host_memory import choose_for, need_beside_files, stored_kinds
 from lightning_superpipe.planning.disk_tier import with_files
 from lightning_superpipe.planning.host_budget import HostNeed
 from lightning_superpipe.planning.workload import Speeds, Workload
 
-__all__ = ["in_files"]
+__all__ = ["InFiles", "in_files"]
 
 
-def in_files(
-    workload: Workload, config: SuperpipeConfig, need: HostNeed, speeds: Speeds
-) -> tuple[Workload, tuple[str, ...]]:
-    """Return a workload with the bytes that cross to and from files, and what has to be said of it.
+class InFiles(NamedTuple):
+    """What files make of a step.
+
+    Attributes:
+        workload: with the bytes that cross to and from files.
+        host: what is left in host memory.
+        remarks: what has to be said of it.
+    """
+
+    workload: Workload
+    host: HostNeed
+    remarks: tuple[str, ...] = ()
+
+
+def in_files(workload: Workload, config: SuperpipeConfig, need: HostNeed, speeds: Speeds) -> InFiles:
+    """Return what becomes of a workload when a part of it lies in files.
 
     Args:
         need: of host memory, without files.
@@ -22,9 +36,11 @@ def in_files(
     """
     kinds = stored_kinds(config) - {"gradients", "activations"}  # by mappings, when the system wants it
     if not kinds:
-        return workload, ()
-    files = choose_for(config, need, [unit.weight_bytes for unit in workload.units], trains=workload.trains)
+        return InFiles(workload, need)
+    sizes = [unit.weight_bytes for unit in workload.units]
+    files = choose_for(config, need, sizes, trains=workload.trains)
     remarks = [f"files: {files.describe(len(workload.units))}"]
     if speeds.disk_read is None:
         remarks.append("files take no time, for the profile has no disk (superpipe profile disk=FOLDER)")
-    return with_files(workload, kinds, files.in_memory), tuple(remarks)
+    host = need_beside_files(config, need, sizes, files)
+    return InFiles(with_files(workload, kinds, files.in_memory), host, tuple(remarks))

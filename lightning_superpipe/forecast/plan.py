@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -214,8 +214,8 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
         remarks += ("the engine itself takes no time, and operations start at once",)
     speeds = profile.speeds(pinned=config.pin_memory is not False)
     limits, asked = _limits(profile, config), _asked(profile, played, config)
-    workload, files = in_files(workload_on(profile, played, host), config, played.host, speeds)
-    remarks += files
+    found = in_files(workload_on(profile, played, host), config, played.host, speeds)
+    workload, played, remarks = found.workload, replace(played, host=found.host), remarks + found.remarks
     try:
         choice, refusal = choose(workload, speeds, limits, asked), ""
     except BudgetError as error:

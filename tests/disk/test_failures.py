@@ -5,6 +5,7 @@ Errors are injected below everything of ours: in the system calls.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -18,7 +19,7 @@ from torch import nn
 
 from lightning_superpipe import attach
 from lightning_superpipe.errors import TransferError
-from tests.disk.loops import Left, left, make, step
+from tests.disk.loops import WIDTH, Left, left, make, step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Patch = pytest.MonkeyPatch
@@ -180,3 +181,30 @@ def test_disk_without_room_is_refused_before_training(is_full: bool, tmp_path: P
     monkeypatch.undo()
     with attach(model, optimizer, device="cpu", k=2, store="disk", disk={"folder": str(tmp_path / "store")}):
         step(model, optimizer, 0)
+
+
+def interrupt(_: torch.Tensor) -> None:
+    raise KeyError("of the user's")
+
+
+@pytest.mark.parametrize("store", ["disk", {"states": "disk"}, {"weights": "disk"}])
+def test_step_that_is_interrupted_in_backward_is_undone(store: Any) -> None:
+    expected = reference()
+    model, optimizer = make()
+    with attach(model, optimizer, device="cpu", k=2, store=store) as pipe:
+        for number in range(NUM_ALL + 1):  # one of them is interrupted
+            is_broken = number == NUM_GOOD
+            at = number - (number > NUM_GOOD)
+            x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(at)).requires_grad_()
+            if is_broken:
+                written = pipe.report().total.disk_written_bytes
+                x.register_hook(interrupt)  # when all units but the first have been updated
+            loss = model(x).float().pow(2).mean()
+            with pytest.raises(KeyError) if is_broken else contextlib.nullcontext(), pipe.updating(optimizer):
+                loss.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+            if is_broken:
+                assert finished(expected, model, optimizer) == NUM_GOOD
+                assert pipe.report().total.disk_written_bytes > written, "nothing was there to be undone"
+        assert finished(expected, model, optimizer) == NUM_ALL

@@ -15,7 +15,7 @@ import lightning_superpipe
 from lightning_superpipe import plan
 from lightning_superpipe.errors import ConfigError, PartitionError, SuperpipeError, UnsupportedError
 from lightning_superpipe.forecast.plan import Forecast
-from lightning_superpipe.observe import MachineProfile
+from lightning_superpipe.observe import DiskRate, DiskRoute, MachineProfile
 from lightning_superpipe.planning.simulate import simulate
 from lightning_superpipe.recipes.fine_tuning import FineTuning
 
@@ -179,3 +179,18 @@ def test_published_profiles_say_so(small_machine: MachineProfile) -> None:
 
 def test_the_calls_are_exported() -> None:
     assert {"plan", "profile_machine", "machine_profile"} <= set(lightning_superpipe.__all__)
+
+
+def test_files_take_time_and_no_host_memory(small_machine: MachineProfile) -> None:
+    slow = tuple(DiskRate(route, True, 1 << 20, (1.0,)) for route in DiskRoute)  # a megabyte takes a second
+    machine = replace(small_machine, disks=slow)
+    plain, files = forecast(machine), forecast(machine, store="disk")
+    assert files.windows[0].prediction.busiest == "disk"
+    assert files.windows[0].prediction.step_s > 10 * plain.windows[0].prediction.step_s
+    assert files.step.host.total < plain.step.host.total
+    assert "no unit stays in host memory" in str(files)
+    roomy = forecast(machine, store="disk", host_memory=files.step.host.total + plain.step.host.total // 2)
+    assert 0 < roomy.windows[0].prediction.busy.disk < files.windows[0].prediction.busy.disk
+    assert f"of {NUM_BLOCKS} units stay in host memory" in str(roomy)
+    unknown = forecast(replace(small_machine, disks=()), store="disk")
+    assert "the profile has no disk" in str(unknown)
