@@ -45,7 +45,7 @@ def save(part: str, name: str, state: dict[str, Any]) -> Path:
 def newest(part: str) -> list[dict[str, Any]]:
     """Return the newest file of each name in a part."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(FOLDER.glob(f"{part}-*.json"), key=lambda path: path.stem[-10:]):
+    for path in sorted(FOLDER.glob(f"{part}-*.json"), key=lambda path: (path.stem[-10:], path.name)):
         state = json.loads(path.read_text(encoding="utf-8"))
         found[state["name"]] = state
     return list(found.values())

@@ -90,7 +90,7 @@ class Offload:
         self._transits: deque[_Transit] = deque()
         self._batches: dict[int, weakref.ref[_Batch]] = {}
         self._fetched: list[_Batch] = []
-        self._arriving: list[tuple[Tensor, Event]] = []
+        self._arriving: list[tuple[list[Tensor], Event]] = []
         self._by_storage: weakref.WeakValueDictionary[int, Parcel] = weakref.WeakValueDictionary()
 
     @property
@@ -198,8 +198,7 @@ class Offload:
                 yield batch
 
     def _reach(self, batch: _Batch) -> None:
-        while self._transits and self._transits[0].done.query():
-            self._transits.popleft()  # what is still on the device stays there: it is needed soon
+        self._part_with_done()
         for other in [each for each in self._fetched if each.index > batch.index]:
             for parcel in other.alive():  # a graph that is kept for another pass; this one is over for these
                 if parcel.place is not None:
@@ -209,12 +208,17 @@ class Offload:
         for each in (batch, *earlier):
             self._fetch(each)
 
+    def _part_with_done(self) -> None:
+        """Hold nothing for copies that are done: what is on the device is the graph's to hold, and needed soon."""
+        while self._transits and self._transits[0].done.query():
+            self._transits.popleft()
+        self._arriving = [(targets, event) for targets, event in self._arriving if not event.query()]
+
     def _fetch(self, batch: _Batch) -> None:
         parcels = [parcel for parcel in batch.alive() if parcel.device_bytes is None]
         if not parcels:
             return
-        # Before anything is allocated: what has arrived is the graph's to hold.
-        self._arriving = [(target, event) for target, event in self._arriving if not event.query()]
+        self._part_with_done()  # before anything is allocated
         for parcel in parcels:
             parcel.device_bytes = _empty(parcel.num_bytes, self._lanes.device)
         # Compute that is still queued may use what that memory was before. The copies home are done: we waited for them
@@ -224,7 +228,7 @@ class Offload:
             Copy(parcel.device_bytes, parcel.host_bytes()) for parcel in parcels if parcel.device_bytes is not None
         ]
         arrival = self._lanes.h2d(copies, after=after, label=batch.label)
-        self._arriving += [(copy.target, arrival) for copy in copies]
+        self._arriving.append(([copy.target for copy in copies], arrival))
         for parcel in parcels:
             assert parcel.place is not None
             parcel.arrival, parcel.place = arrival, parcel.place._replace(last_copy=arrival)
@@ -245,6 +249,7 @@ class Offload:
             if parcel.arrival is not None:
                 self._lanes.compute_waits(parcel.arrival, view.batch.label.unit)
                 parcel.arrival = None
+            self._part_with_done()  # so that the graph can free what backward has used while the rest is in use
             assert parcel.device_bytes is not None, "fetched just now"
             return parcel.device_bytes
 

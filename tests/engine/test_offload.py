@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -218,6 +219,58 @@ def test_pool_exchanges_memory_that_has_become_too_small() -> None:
     assert tier.allocated_bytes == 3 * 8500
     smallest = pool.take(10)
     assert smallest.slab.num_bytes == 8500, "what is there is used, whatever its size"
+
+
+class _Late:
+    """The end of a copy that is over, as far as others can tell, only when backward of its unit has begun."""
+
+    def __init__(self, inner: Event, unit: int, begun: set[int]) -> None:
+        self._inner, self._unit, self._begun = inner, unit, begun
+
+    def query(self) -> bool:
+        return self._unit in self._begun and self._inner.query()
+
+    def synchronize(self) -> None:
+        self._inner.synchronize()
+
+
+def bytes_behind_backward(patch: Patch) -> list[int]:
+    """Return what was copied back and is still held when each unit's backward is over, last unit first."""
+    module, lanes = chain(NUM_BLOCKS), ThreadLanes(CPU, None)
+    begun: set[int] = set()
+    found: list[tuple[int, weakref.ref[Any], int]] = []
+    ends: list[Event] = []
+    held: list[int] = []
+    queue = lanes._queue
+
+    def queued(on: Lane, copies: Sequence[Copy], after: Sequence[Event], label: Label) -> Event:
+        ends.append(queue(on, copies, after, label))
+        if label.name != "A" or on is not Lane.H2D:
+            return ends[-1]
+        targets = [copy.target for copy in copies]
+        found.extend((label.unit, weakref.ref(target.untyped_storage()), target.nbytes) for target in targets)
+        return _Late(ends[-1], label.unit, begun)
+
+    def note(name: str, unit: int) -> None:
+        if name == "B":
+            held.append(sum(size for owner, ref, size in found if owner == unit and ref() is not None))
+
+    patch.setattr(lanes, "_queue", queued)
+    with open_engine(module, lanes, choices=choices(Policy.OFFLOAD, NUM_BLOCKS)) as engine, engine.step("train"):
+        loss = module(batches(1)[0]).sum()
+        for end in ends:
+            end.synchronize()
+        bind = engine.binding.bind
+        patch.setattr(engine.binding, "bind", lambda unit: (begun.add(unit.index), bind(unit)))
+        engine.probes.on_boundary = note
+        loss.backward()
+    assert found
+    assert len(held) == NUM_BLOCKS
+    return held
+
+
+def test_nothing_is_held_for_copies_once_backward_has_used_what_they_carried(monkeypatch: Patch) -> None:
+    assert bytes_behind_backward(monkeypatch) == [0] * NUM_BLOCKS
 
 
 def test_a_tensor_that_is_saved_twice_travels_once() -> None:
