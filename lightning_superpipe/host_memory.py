@@ -64,7 +64,7 @@ def host_need(
         if with_masters and wants_master(parameter) and id(parameter) not in have_master
     )
     held = weights + has_gradients + states
-    return HostNeed(weights, staging, gradients, states + missing, masters, held)
+    return HostNeed(weights, staging, gradients, states + missing, masters, held=held)
 
 
 def require_host(
