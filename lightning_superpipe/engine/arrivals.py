@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_superpipe.engine.pending import fence_as, is_harmless, unfenced
 from lightning_superpipe.errors import SuperpipeError
@@ -76,7 +77,7 @@ class Arrivals:
     """
 
     def __init__(self) -> None:
-        self._expected: set[int] = set()
+        self._expected = WeakIdKeyDictionary()  # of parameters
         self._order: float | None = None
         self._is_asked = False
         self._patience = 0
@@ -84,17 +85,18 @@ class Arrivals:
 
     def expect(self, parameters: Iterable[nn.Parameter]) -> None:
         """Let gradients of these parameters wait: parts of steps will take them."""
-        self._expected.update(id(parameter) for parameter in parameters)
+        self._expected.update((parameter, None) for parameter in parameters)
         self._patience = _PATIENCE
 
     def forget(self) -> None:
-        """Expect nothing any more."""
+        """Expect nothing any more; what waits is ordinary again."""
+        complete_all(parameter.grad for parameter in self._expected)
         self._expected.clear()
 
     def note(self, parameter: nn.Parameter) -> None:
         """A gradient is complete, as far as anybody knows: it waits, and its norm is taken if clipping asks for it."""
         gradient = parameter.grad
-        if not self._patience or id(parameter) not in self._expected or type(gradient) is not Tensor:
+        if not self._patience or parameter not in self._expected or type(gradient) is not Tensor:
             return
         norm = None if self._order is None else torch.linalg.vector_norm(gradient, self._order)
         waiting: Any = gradient

@@ -138,6 +138,15 @@ def test_nothing_waits_where_nobody_clips() -> None:
     assert waited == [True, True, True, False, False]
 
 
+def test_gradients_are_ordinary_behind_a_session() -> None:
+    module = chain(4)
+    optimizer = torch.optim.AdamW(module.parameters())
+    with attach(module, optimizer, device="cpu", k=2, link=LINK):
+        module(batches(1)[0]).sum().backward()
+        assert any(type(parameter.grad) is not Tensor for parameter in module.parameters())
+    assert all(type(parameter.grad) is Tensor for parameter in module.parameters())
+
+
 def run(module: nn.Module, *, stream: bool, clip: Callable[[nn.Module], Any], accumulate: int = 1) -> list[Any]:
     """Train, and return losses, norms and weights."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
