@@ -19,25 +19,30 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import psutil
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_superpipe import attach
+from lightning_superpipe import SuperpipeStrategy, attach
 from lightning_superpipe.engine.casting import cast_into
+from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import software_versions
 
 HERE = Path(__file__).resolve().parent
 SEED, NUM_BLOCKS, WIDTH, NUM_STEPS = 1, 24, 512, 4
-WINDOW = {"k": 2, "k_prime": 1, "update": "after_backward", "link": {}}
+WINDOW: dict[str, Any] = {"k": 2, "k_prime": 1, "link": {}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float32, wire bfloat16": {"wire_dtype": "bfloat16"},
     "bfloat16, masters": {"master_weights": "float32"},
     "bfloat16": {},
+    "float32, in backward": {},
+    "bfloat16, masters, in backward": {"master_weights": "float32"},
 }
 
 
@@ -53,6 +58,54 @@ class Block(nn.Module):
         return x + down
 
 
+class Training(L.LightningModule):
+    """The same for Lightning's Trainer, which lets units be updated in backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.resident_bytes = 0
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        self.resident_bytes = psutil.Process().memory_info().rss
+        return loss_of(self.model, batch)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return optimizer_of(self.model)
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """The same loss for every loop."""
+    loss: Tensor = model(batch).float().pow(2).mean()
+    return loss
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """The same optimizer for every loop."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+def run_loop(model: nn.Module, batches: list[Tensor], options: dict[str, Any]) -> tuple[Report, int]:
+    """Train in a plain loop; return the report, and the resident bytes of the process."""
+    optimizer = optimizer_of(model)
+    with attach(model, optimizer, device="cpu", update="after_backward", **WINDOW, **options) as pipe:
+        for batch in batches:
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+        return pipe.report(), psutil.Process().memory_info().rss
+
+
+def run_trainer(model: nn.Module, batches: list[Tensor], options: dict[str, Any]) -> tuple[Report, int]:
+    """Train with Lightning, and no callback that could look at gradients; the bytes are those of the last step."""
+    strategy = SuperpipeStrategy(update="in_backward", **WINDOW, **options)
+    off: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
+    trainer = L.Trainer(strategy=strategy, accelerator="cpu", max_epochs=1, enable_model_summary=False, **off)
+    training = Training(model)
+    trainer.fit(training, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return strategy.report(), training.resident_bytes
+
+
 def train(name: str) -> dict[str, Any]:
     """Train one setting in this process; return its bytes."""
     torch.manual_seed(SEED)
@@ -61,14 +114,9 @@ def train(name: str) -> dict[str, Any]:
     warm(torch.ones(2, 8, dtype=dtype)).sum().backward()
     before = psutil.Process().memory_info().rss
     model = nn.Sequential(*(Block() for _ in range(NUM_BLOCKS))).to(dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    with attach(model, optimizer, device="cpu", **WINDOW, **SETTINGS[name]) as pipe:
-        for _ in range(NUM_STEPS):
-            optimizer.zero_grad()
-            model(torch.randn(4, WIDTH, dtype=dtype)).float().pow(2).mean().backward()
-            optimizer.step()
-        report = pipe.report()
-        grown = psutil.Process().memory_info().rss - before
+    run = run_trainer if name.endswith("in backward") else run_loop
+    report, resident_bytes = run(model, [torch.randn(4, WIDTH, dtype=dtype) for _ in range(NUM_STEPS)], SETTINGS[name])
+    grown = resident_bytes - before
     step = report.last_step
     return {
         "setting": name,
