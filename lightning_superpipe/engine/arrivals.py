@@ -10,7 +10,6 @@ same kernels run on the same tensors, at other times.
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_superpipe.engine.pending import fence_as, is_harmless, unfenced
+from lightning_superpipe.engine.pending import Fence, fence_as, unfenced
 from lightning_superpipe.errors import SuperpipeError
 
 __all__ = ["Arrivals", "Scaling", "complete_all", "drop", "take"]
@@ -156,48 +154,30 @@ def _part_with(gradient: Tensor) -> Scaling | None:
     return None if arrival is None or arrival.factor is None else Scaling(gradient, arrival.factor, arrival.version)
 
 
-class _Waiting(Tensor):
+class _Waiting(Fence):
     """A gradient that waits for its optimizer."""
 
+    def settle(self) -> None:
+        """Multiply, if that is still to be done."""
+        complete(self)
+
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if is_harmless(func):
-            with unfenced():
-                return func(*args, **kwargs)
-        if not kwargs and (answer := _answer(func, args)) is not None:
-            return answer
-        for leaf in tree_leaves((args, kwargs)):
-            complete(leaf)
-        return func(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        complete(self)
-        return copy.deepcopy(self, memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        complete(self)
-        return self.__reduce_ex__(protocol)
-
-
-def _answer(func: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """Answer the two questions of clipping without touching the gradient; None for any other."""
-    if len(args) != 2 or type(args[0]) is not _Waiting:
-        return None
-    gradient: Tensor = args[0]
-    other: Any = args[1]
-    with _lock, unfenced():
-        arrival: _Arrival | None = gradient.__dict__.get("_arrival")
-        if arrival is None:
+    def answer(cls, func: Any, args: tuple[Any, ...]) -> Tensor | None:
+        """Answer the two questions of clipping without touching the gradient; None for any other."""
+        if len(args) != 2 or type(args[0]) is not _Waiting:
             return None
-        if func is torch.linalg.vector_norm and type(other) is float:
-            return arrival.owner.norm_of(gradient, arrival, other)
-        if func is Tensor.mul_ and _is_factor(other, gradient) and arrival.factor is None:
-            arrival.factor, arrival.version = other.clone(), gradient._version
-            return gradient
-    return None
+        gradient: Tensor = args[0]
+        other: Any = args[1]
+        with _lock, unfenced():
+            arrival: _Arrival | None = gradient.__dict__.get("_arrival")
+            if arrival is None:
+                return None
+            if func is torch.linalg.vector_norm and type(other) is float:
+                return arrival.owner.norm_of(gradient, arrival, other)
+            if func is Tensor.mul_ and _is_factor(other, gradient) and arrival.factor is None:
+                arrival.factor, arrival.version = other.clone(), gradient._version
+                return gradient
+        return None
 
 
 def _is_factor(tensor: Any, gradient: Tensor) -> bool:

@@ -24,7 +24,7 @@ from lightning_superpipe.engine.host_lane import HostEvent
 from lightning_superpipe.engine.slots import storage_use_count
 from lightning_superpipe.tiers import StoredSlab
 
-__all__ = ["LeftOver", "Pending", "fence_as", "is_harmless", "may_be_held", "settle_before_forks", "unfenced"]
+__all__ = ["Fence", "LeftOver", "Pending", "fence_as", "may_be_held", "settle_before_forks", "unfenced"]
 
 # What tells nothing of a tensor's values, and changes none. Gradients are fenced themselves.
 _ATTRIBUTES = frozenset(
@@ -137,28 +137,32 @@ def _settle_all() -> None:
         pending.settle()
 
 
-class _Fenced(Tensor):
-    """A tensor that an update is changing."""
+class Fence(Tensor):
+    """A tensor whose values nobody may see before something has been done: whoever looks lets it be done first."""
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if is_harmless(func):
+        if _is_harmless(func):
             with unfenced():
                 return func(*args, **kwargs)
+        if not kwargs and (answer := cls.answer(func, args)) is not None:
+            return answer
         for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, _Fenced):
+            if isinstance(leaf, Fence):
                 leaf.settle()
         return func(*args, **kwargs)
 
+    @classmethod
+    def answer(cls, func: Any, args: tuple[Any, ...]) -> Tensor | None:
+        """What a function returns without a look at the values; None for most."""
+        return None
+
     def settle(self) -> None:
-        """Wait for the update; the tensor is an ordinary one then."""
-        if (pending := _held.get(id(self))) is not None:
-            pending.settle()
-        else:  # made by somebody who asked for the type of a fenced one
-            self.__class__ = _PLAIN[type(self)]  # type: ignore[assignment]
+        """Do what is to be done; the tensor is an ordinary one then."""
+        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         self.settle()
@@ -167,6 +171,17 @@ class _Fenced(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.settle()
         return self.__reduce_ex__(protocol)
+
+
+class _Fenced(Fence):
+    """A tensor that an update is changing."""
+
+    def settle(self) -> None:
+        """Wait for the update; the tensor is an ordinary one then."""
+        if (pending := _held.get(id(self))) is not None:
+            pending.settle()
+        else:  # made by somebody who asked for the type of a fenced one
+            self.__class__ = _PLAIN[type(self)]  # type: ignore[assignment]
 
 
 class _FencedParameter(_Fenced, nn.Parameter):
@@ -178,7 +193,7 @@ _PLAIN: dict[type[Any], type[Tensor]] = {fenced: plain for plain, fenced in _FEN
 _held: dict[int, Pending] = {}
 
 
-def is_harmless(func: Any) -> bool:
+def _is_harmless(func: Any) -> bool:
     """Whether a function tells nothing of a tensor's values, and changes none."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
