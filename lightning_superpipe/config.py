@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,6 +10,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from lightning_superpipe.errors import ConfigError
+from lightning_superpipe.option_checks import check_count, check_dtype, is_number, listed, nearest, parse_bytes
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,8 +25,6 @@ __all__ = [
     "UnitChoice",
     "Update",
     "WireDtype",
-    "nearest",
-    "parse_bytes",
 ]
 
 Auto = Literal["auto"]
@@ -40,44 +37,6 @@ _STORES = ("host", "disk")
 _ON_DISK = ("weights", "states")
 StoreChoice = str | Mapping[str, str]
 UnitChoice = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
-
-
-def nearest(name: str, known: Sequence[str], prefix: str = "") -> str:
-    """Return the end of a message about an unknown name: the nearest known one, or all of them.
-
-    Args:
-        prefix: of all names, as people write them.
-
-    >>> nearest("kprime", ["k", "k_prime"]), nearest("h2d", ["h2d_gb_s"], prefix="link.")
-    ("did you mean 'k_prime'?", "did you mean 'link.h2d_gb_s'?")
-    >>> nearest("banana", ["k", "k_prime"])
-    'known options: k, k_prime.'
-    """
-    near = difflib.get_close_matches(name, known, n=1) or [one for one in known if len(name) > 1 and name in one]
-    return (
-        f"did you mean {prefix + near[0]!r}?" if near else f"known options: {', '.join(prefix + one for one in known)}."
-    )
-
-
-def parse_bytes(size: int | str) -> int:
-    """Return a number of bytes; text may use decimal (GB) or binary (GiB) units.
-
-    Raises:
-        ConfigError: not a size, or negative.
-
-    >>> parse_bytes("1.5GiB"), parse_bytes("2 MB"), parse_bytes(512)
-    (1610612736, 2000000, 512)
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
-        return size
-    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is None:
-        raise ConfigError(f"{size!r} is not a size in bytes: write an integer or text such as '8GiB' or '500MB'.")
-    number, prefix, binary = match.groups()
-    exponent = " KMGT".index(prefix.upper() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** exponent)
 
 
 @dataclass(frozen=True)
@@ -97,9 +56,9 @@ class Link:
     def __post_init__(self) -> None:
         for name in ("h2d_gb_s", "d2h_gb_s"):
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and value > 0):
+            if value is not None and not (is_number(value) and value > 0):
                 raise ConfigError(f"link.{name}={value!r}: a bandwidth is positive, or null for memory speed.")
-        if not (_is_number(self.latency_ms) and self.latency_ms >= 0):
+        if not (is_number(self.latency_ms) and self.latency_ms >= 0):
             raise ConfigError(f"link.latency_ms={self.latency_ms!r}: a latency is not negative.")
 
 
@@ -138,9 +97,9 @@ class Disk:
         if self.keep and self.folder is None:
             raise ConfigError("disk.keep=True needs disk.folder: say where the files shall stay.")
         if self.ring != "auto":
-            _check_count("disk.ring", self.ring, least=2, also="'auto'")
-        _check_count("disk.requests", self.requests)
-        if self.endurance_tb is not None and not (_is_number(self.endurance_tb) and self.endurance_tb > 0):
+            check_count("disk.ring", self.ring, least=2, also="'auto'")
+        check_count("disk.requests", self.requests)
+        if self.endurance_tb is not None and not (is_number(self.endurance_tb) and self.endurance_tb > 0):
             raise ConfigError(f"disk.endurance_tb={self.endurance_tb!r}: a positive number of 10^12 bytes, or null.")
 
 
@@ -214,6 +173,11 @@ class SuperpipeConfig:
             Optimizers that cannot be split by units are refused. Off by default, because the kernels of a device and of
             the host may differ in the last place (where they are the same, so are the bits). ``"auto"`` measures the
             first steps, and takes the share under which a simulated step is shortest, if that gains 5 %.
+        step_aside: where all that the ordinary run holds fits on the device (weights, gradients, optimizer states and
+            activations, with room to spare), let streaming end after the first steps, and that run go on there.
+            ``"auto"`` does so where the framework runs the loop and no code of the user's could hold tensors of the
+            host, as Lightning's automatic optimization and the Trainer of transformers without own hooks or callbacks;
+            True in every loop; False never. Only where ``k``, ``resident`` and ``activations`` are open.
         record_step: index of the training step whose lanes and memory are recorded; None records none.
         link: emulated link (machines without an accelerator).
         adversary: hostile timing and memory, for tests.
@@ -238,37 +202,38 @@ class SuperpipeConfig:
     fused_optimizer: bool | Auto = "auto"
     update: Update = "auto"
     update_on_device: float | Auto = 0.0
+    step_aside: bool | Auto = "auto"
     record_step: int | None = None
     link: Link | None = None
     adversary: Adversary | None = None
 
     def __post_init__(self) -> None:
         if self.k_prime != "auto":
-            _check_count("k_prime", self.k_prime, also="'auto'")
+            check_count("k_prime", self.k_prime, also="'auto'")
         if self.k != "auto":
-            _check_count("k", self.k, also="'auto'")
+            check_count("k", self.k, also="'auto'")
             if self.k_prime != "auto" and self.k_prime > self.k:
                 raise ConfigError(
                     f"k_prime={self.k_prime} is larger than k={self.k}: at most k units are on the device, so at most "
                     f"k can move at once. Use 1 <= k_prime <= {self.k}."
                 )
         if self.resident != "auto":
-            _check_count("resident", self.resident, least=0, also="'auto'")
-        for name in ("pin_memory", "fused_optimizer"):
+            check_count("resident", self.resident, least=0, also="'auto'")
+        for name in ("pin_memory", "fused_optimizer", "step_aside"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: allowed are true, false and 'auto'.")
         if self.update not in get_args(Update):
-            raise ConfigError(f"update={self.update!r}: allowed are {_listed(get_args(Update))}.")
+            raise ConfigError(f"update={self.update!r}: allowed are {listed(get_args(Update))}.")
         _check_share(self.update_on_device, self.update)
         if self.update_on_device != 0 and any(self.is_on_disk(kind) for kind in ("weights", "states")):
             raise ConfigError(f"update_on_device={self.update_on_device!r} needs store='host': files go by the host.")
-        _check_dtype("wire_dtype", self.wire_dtype, get_args(WireDtype))
-        _check_dtype("master_weights", self.master_weights, ("float32",))
+        check_dtype("wire_dtype", self.wire_dtype, get_args(WireDtype))
+        check_dtype("master_weights", self.master_weights, ("float32",))
         step = self.record_step
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ConfigError(f"record_step={step!r}: the index of a training step (0 or more), or null.")
         _check_units(self.units)
-        _check_count("micro_batches", self.micro_batches)
+        check_count("micro_batches", self.micro_batches)
         _check_activations(self.activations, self.micro_batches)
         _check_store(self.store)
         for name, nested in _NESTED.items():
@@ -323,29 +288,15 @@ def _check_names(schema: type, options: Mapping[str, Any], prefix: str = "") -> 
             raise ConfigError(f"unknown option {prefix + str(name)!r}: {hint}")
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(map(repr, names[:-1])), repr(names[-1])]))
-
-
-def _check_dtype(name: str, value: Any, known: Sequence[str]) -> None:
-    """Raise ConfigError unless ``value`` is None or one of the names."""
-    if value is not None and (not isinstance(value, str) or value not in known):
-        raise ConfigError(f"{name}={value!r}: allowed are {_listed(known)}, or null.")
-
-
 def _check_share(share: Any, update: str) -> None:
     """Raise ConfigError unless ``share`` is a share of units that suits the update, or "auto"."""
-    if share != "auto" and not (_is_number(share) and 0 <= share <= 1):
+    if share != "auto" and not (is_number(share) and 0 <= share <= 1):
         raise ConfigError(f"update_on_device={share!r}: a share of the units from 0.0 to 1.0 is allowed, or 'auto'.")
     if share != 0 and update == "at_once":
         raise ConfigError(
             f"update_on_device={share!r} runs beside the loop, but update='at_once' leaves nothing to run then. Use "
             "update='auto', 'after_backward' or 'in_backward'."
         )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_units(units: Any) -> None:
@@ -388,13 +339,6 @@ def _check_store(store: Any) -> None:
     for place in store.values() if isinstance(store, Mapping) else [store]:
         if not isinstance(place, str) or place not in _STORES:
             raise ConfigError(
-                f"store={store!r}: allowed are {_listed(_STORES)}, or a mapping of kinds ({', '.join(STORED_KINDS)}) "
+                f"store={store!r}: allowed are {listed(_STORES)}, or a mapping of kinds ({', '.join(STORED_KINDS)}) "
                 "to these."
             )
-
-
-def _check_count(name: str, value: Any, also: str | None = None, least: int = 1) -> None:
-    """Raise ConfigError unless ``value`` is an integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        allowed = f"an integer of at least {least}" + (f" or {also}" if also else "")
-        raise ConfigError(f"{name}={value!r}: {allowed} is allowed.")

@@ -24,10 +24,11 @@ FRAMEWORKS = {"lightning", "pytorch_lightning", "accelerate", "transformers", "d
 # may import them.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "config": {"errors"},
+    "option_checks": {"errors"},
+    "config": {"errors", "option_checks"},
     "planning": {"errors"},
     "tiers": {"errors", "config"},
-    "observe": {"errors", "config", "planning"},
+    "observe": {"errors", "config", "option_checks", "planning"},
     "partition": {"errors", "config"},
     "engine": {"errors", "config", "planning", "tiers", "observe", "partition"},
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
@@ -49,8 +50,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "adapters": {"session", "config", "errors", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming
-    "app": {"adapters", "forecast", "session", "config", "errors", "observe", "planning", "sweeps"},
-    "sweeps": {"errors", "config", "observe"},
+    "app": {*("adapters", "forecast", "session", "config", "option_checks", "errors", "observe", "planning", "sweeps")},
+    "sweeps": {"errors", "config", "option_checks", "observe"},
 }
 MAY_KNOW_FRAMEWORKS = {"adapters", "app", "recipes"}
 TORCH_FREE = {"planning", "errors"}

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_superpipe import errors
-from lightning_superpipe.config import Adversary, Link, SuperpipeConfig, parse_bytes
+from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
 from lightning_superpipe.errors import ConfigError, SuperpipeError, SuperpipeWarning
+from lightning_superpipe.option_checks import parse_bytes
 
 # What was asked (the option and its value) must stand in every message; the third column is what to do about it.
 BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [

@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from omegaconf import DictConfig
 
 from lightning_superpipe.app.groups import group_options
-from lightning_superpipe.config import nearest
 from lightning_superpipe.errors import ConfigError
+from lightning_superpipe.option_checks import nearest
 
 __all__ = [
     "Parts",

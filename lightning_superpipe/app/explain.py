@@ -12,8 +12,9 @@ from omegaconf import Container, DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_superpipe.app.groups import GROUPS
-from lightning_superpipe.config import Adversary, Disk, Link, nearest
+from lightning_superpipe.config import Adversary, Disk, Link
 from lightning_superpipe.errors import SuperpipeError
+from lightning_superpipe.option_checks import nearest
 
 __all__ = ["explain"]
 

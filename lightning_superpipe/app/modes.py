@@ -15,13 +15,13 @@ from lightning_superpipe.app.job import Job
 from lightning_superpipe.app.predictions import write_predictions
 from lightning_superpipe.app.quiet import quieten
 from lightning_superpipe.app.steps import StepClock
-from lightning_superpipe.config import parse_bytes
 from lightning_superpipe.errors import ConfigError, SuperpipeError, UnsupportedError
 from lightning_superpipe.forecast.machine import kept_profile
 from lightning_superpipe.forecast.plan import forecast_of, profile_of
 from lightning_superpipe.forecast.played import play
 from lightning_superpipe.forecast.preview import predicted_peak_bytes, preview
 from lightning_superpipe.observe import shipped_names, write_recording
+from lightning_superpipe.option_checks import parse_bytes
 from lightning_superpipe.sweeps import JobResult, record_job
 
 __all__ = ["MODES", "run"]

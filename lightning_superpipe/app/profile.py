@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from lightning_superpipe.config import nearest
 from lightning_superpipe.errors import ConfigError, SuperpipeError, SuperpipeWarning
 from lightning_superpipe.forecast.machine import machine_profile, profile_machine
 from lightning_superpipe.observe import keep_profile
 from lightning_superpipe.observe.machine_table import profile_tables
+from lightning_superpipe.option_checks import nearest
 
 __all__ = ["PROFILE_USAGE", "print_profile"]
 

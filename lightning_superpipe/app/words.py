@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from lightning_superpipe.app.groups import GROUPS, group_options
 from lightning_superpipe.app.modes import MODES
-from lightning_superpipe.config import nearest
 from lightning_superpipe.errors import ConfigError
+from lightning_superpipe.option_checks import nearest
 
 __all__ = ["help_text", "overrides_of"]
 

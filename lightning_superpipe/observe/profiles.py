@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from lightning_superpipe.config import nearest
 from lightning_superpipe.errors import ConfigError, SuperpipeError, SuperpipeWarning
 from lightning_superpipe.observe.identity import Identity, identify
 from lightning_superpipe.observe.machine import MachineProfile
 from lightning_superpipe.observe.rates import Route
+from lightning_superpipe.option_checks import nearest
 
 __all__ = ["CACHE_VARIABLE", "cached_profile", "find_profile", "keep_profile", "known_machine", "shipped_names"]
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_superpipe.config import parse_bytes
 from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe.canvas import FAR_ABOVE, Canvas, Reference, Rgb, canvas
+from lightning_superpipe.option_checks import parse_bytes
 from lightning_superpipe.sweeps.files import replacing
 from lightning_superpipe.sweeps.front import pareto_front
 from lightning_superpipe.sweeps.row import Row
