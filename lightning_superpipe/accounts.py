@@ -12,12 +12,13 @@ from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.host_memory import training_bytes
 from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.report import PeakBytes, Report, StepCounters
+from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.optimizer import UpdateStage
 from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.tiers import DiskTraffic
 
-__all__ = ["counters_of", "make_report", "static_bytes"]
+__all__ = ["counters_of", "finish_recording", "make_report", "static_bytes"]
 
 
 def counters_of(engine: Engine, traffic: DiskTraffic) -> StepCounters:
@@ -39,6 +40,24 @@ def static_bytes(engine: Engine, updates: UpdateStage | None, need: MemoryNeed) 
     anchors = engine.anchors.num_bytes if engine.anchors.have_copies else need.anchor_bytes
     scratch = 0 if updates is None or updates.device is None else updates.device.held_bytes
     return engine.slots.num_bytes, anchors + scratch
+
+
+def finish_recording(engine: Engine, setting: Setting, resident_bytes: int, budget_bytes: int | None) -> Recording:
+    """End the recording of a step, and return it.
+
+    Args:
+        resident_bytes: what the ordinary run would hold on the device at least.
+        budget_bytes: what the plan may use there; None for no limit.
+    """
+    return engine.lanes.stop_recording().finish(
+        unit_names=[unit.name for unit in engine.units],
+        k=setting.k,
+        k_prime=setting.k_prime,
+        device=str(engine.device),
+        emulated=not is_separate(engine.device),
+        resident_bytes=resident_bytes,
+        budget_bytes=budget_bytes,
+    )
 
 
 def make_report(

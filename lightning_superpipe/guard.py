@@ -7,9 +7,10 @@ torch's error, and may repeat the step itself, because all is as it was before i
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -22,37 +23,23 @@ from lightning_superpipe.optimizer import UpdateStage
 from lightning_superpipe.rewind import Attempts, OutOfDeviceMemory, Undone
 from lightning_superpipe.tuning import Tuner
 
-__all__ = ["StepGuard"]
+__all__ = ["OrdinaryGuard", "StepGuard"]
 
 _PASSES = {"F": "the forward", "B": "the backward"}
 
 
-class StepGuard:
-    """Undoes steps of one session.
-
-    Args:
-        updates: the stage that splits optimizer steps; None where they stay whole.
-        drop_step: closes what the session has open of the step in progress, which then counts as not begun.
+class LoopGuard(abc.ABC):
+    """Hears of one module's training steps, whoever runs them, so that one without room can be undone.
 
     Attributes:
         attempts: what was before.
         is_repeated: whoever runs the steps repeats them, and asks for it.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        engine: Engine,
-        updates: UpdateStage | None,
-        tuner: Tuner,
-        drop_step: Callable[[], int],
-    ) -> None:
-        self._engine, self._updates, self._tuner, self._drop_step = engine, updates, tuner, drop_step
-        self.attempts = Attempts(root, engine.device)
+    def __init__(self, root: nn.Module, device: torch.device) -> None:
+        self.attempts = Attempts(root, device)
         self.is_repeated = False
         self._hook: torch.utils.hooks.RemovableHandle | None = None
-
-    # -- loops whose steps are not ours to repeat
 
     def watch(self) -> None:
         """Hear of backward passes and optimizer steps from now on, whoever runs them."""
@@ -60,15 +47,23 @@ class StepGuard:
         guard = weakref.ref(self)
 
         def after(optimizer: Optimizer, *_: object) -> None:
-            if (own := guard()) is not None:
-                own._note_step(optimizer)
+            if (own := guard()) is not None and own.is_own(optimizer):
+                own.attempts.end()
 
         self._hook = register_optimizer_step_post_hook(after)
 
-    def _note_step(self, optimizer: Optimizer) -> None:
-        written = self._engine.catalog.written_by(optimizer)
-        if written is None or written:
-            self.attempts.end()
+    @abc.abstractmethod
+    def is_own(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's step ends one of the module's."""
+
+    @abc.abstractmethod
+    def refuse(self, reason: str = "", *, trains: bool = True) -> str:
+        """The device had no room for a step that is not ours to repeat: undo it, and return what to say.
+
+        Args:
+            reason: what the device said.
+            trains: it was a training step; others change nothing that could be undone.
+        """
 
     @contextlib.contextmanager
     def call(self, *, trains: bool) -> Iterator[None]:
@@ -92,7 +87,67 @@ class StepGuard:
         """There was no room for it, see :class:`BackwardListener`."""
         return self.refuse(reason) if self.attempts.is_open and not self.is_repeated else ""
 
-    # -- no room
+    def close(self) -> None:
+        """Hear of nothing more."""
+        stop_listening(self)
+        if self._hook is not None:
+            self._hook.remove()
+
+
+class OrdinaryGuard(LoopGuard):
+    """Undoes steps of a run that streams no more, because all of it fits.
+
+    Args:
+        optimizers: of the module.
+    """
+
+    def __init__(self, root: nn.Module, device: torch.device, optimizers: Iterable[Optimizer]) -> None:
+        super().__init__(root, device)
+        self._optimizers = list(optimizers)
+        self.watch()
+
+    def is_own(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's step ends one of the module's."""
+        return any(optimizer is own for own in self._optimizers)
+
+    def undo(self) -> Undone:
+        """A batch has failed: let all be as before it, or as before the whole step where it cannot be run again."""
+        return self.attempts.restore([], whole_step=False)
+
+    def refuse(self, reason: str = "", *, trains: bool = True) -> str:
+        """Undo the step, and return what to say."""
+        if trains:
+            self.attempts.restore([], whole_step=True)
+        return (
+            "the device ran out of memory in a step that did not stream, because all of it had fitted before: "
+            f"{reason} Weights, buffers, states and random numbers are those of the last finished step, gradients are "
+            "gone. Take a smaller batch, or set step_aside=False."
+        )
+
+
+class StepGuard(LoopGuard):
+    """Undoes steps of one session.
+
+    Args:
+        updates: the stage that splits optimizer steps; None where they stay whole.
+        drop_step: closes what the session has open of the step in progress, which then counts as not begun.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        engine: Engine,
+        updates: UpdateStage | None,
+        tuner: Tuner,
+        drop_step: Callable[[], int],
+    ) -> None:
+        super().__init__(root, engine.device)
+        self._engine, self._updates, self._tuner, self._drop_step = engine, updates, tuner, drop_step
+
+    def is_own(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer's step ends one of the module's; one that nobody knows may."""
+        written = self._engine.catalog.written_by(optimizer)
+        return written is None or bool(written)
 
     def fall_back(self, reason: str) -> None:
         """The device had no room for the step that was attempted: undo it, and take the next smaller plan.
@@ -109,12 +164,7 @@ class StepGuard:
         self._tuner.fall_back(num_steps, reason, where)
 
     def refuse(self, reason: str = "", *, trains: bool = True) -> str:
-        """The device had no room for a step that is not ours to repeat: undo it, and return what to say.
-
-        Args:
-            reason: what the device said.
-            trains: it was a training step; others change nothing that could be undone.
-        """
+        """Undo the step, and return what to say; the next one gets a smaller plan."""
         where = self._where()
         if not trains:
             return self._tuner.refusal(reason, where, None)
@@ -135,9 +185,3 @@ class StepGuard:
         undone = self.attempts.restore(updated, whole_step=whole_step)
         self._engine.invalidate()
         return num_steps, undone
-
-    def close(self) -> None:
-        """Hear of nothing more."""
-        stop_listening(self)
-        if self._hook is not None:
-            self._hook.remove()

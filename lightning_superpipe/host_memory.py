@@ -163,7 +163,7 @@ def held_bytes(root: nn.Module, optimizers: Iterable[Optimizer], tier: Tier, *, 
         scratch_bytes: memory for casts that no tier knows.
     """
     parameters = [parameter for parameter in root.parameters() if not nn.parameter.is_lazy(parameter)]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [grad for parameter in parameters if (grad := parameter.grad) is not None]  # threads take them away
     return HostBytes(
         weights=_with_strays(tier.part("weights"), [*parameters, *root.buffers()]),
         staging=tier.part("wire").allocated_bytes + scratch_bytes,

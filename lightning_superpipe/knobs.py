@@ -1,4 +1,4 @@
-"""Which knobs the options leave open."""
+"""Which knobs the options leave open, and what a run begins with."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.activations import Activations
+from lightning_superpipe.errors import UnsupportedError
+from lightning_superpipe.planning.budget import MemoryNeed, choose_k, choose_residents
 from lightning_superpipe.planning.choose import Asked
 from lightning_superpipe.planning.workload import Setting
 
-__all__ = ["asked_of"]
+__all__ = ["asked_of", "first_setting", "refuse_announced"]
 
 
 def asked_of(
@@ -34,3 +36,30 @@ def asked_of(
         activations=tuple(policies),
         update=setting.update,
     )
+
+
+def first_setting(config: SuperpipeConfig, need: MemoryNeed, budget: int | None) -> Setting:
+    """Return what a run begins with, as long as nothing has been measured.
+
+    Raises:
+        BudgetError: not even the smallest window fits.
+    """
+    k_prime = 1 if config.k_prime == "auto" else config.k_prime
+    k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
+    resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
+    return Setting(k, min(k_prime, k), resident)
+
+
+def refuse_announced(config: SuperpipeConfig) -> None:
+    """Refuse, in loops that do not announce their steps, what needs that.
+
+    Raises:
+        UnsupportedError: units were to be updated in backward.
+    """
+    if config.update == "in_backward":
+        raise UnsupportedError(
+            "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
+            "optimization. In a loop of your own leave update out, and put backward and step into `with "
+            "pipe.updating(optimizer):`. Or use update='after_backward', which is exact as well and hides the "
+            "update under the next forward."
+        )

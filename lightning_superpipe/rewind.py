@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 
-__all__ = ["Attempts", "OutOfDeviceMemory", "Rewind", "Undone"]
+__all__ = ["Attempts", "OutOfDeviceMemory", "Rewind", "Undone", "let_go_of_memory"]
 
 
 class Undone(NamedTuple):
@@ -152,12 +152,12 @@ class Attempts:
         if rewind is not None:
             rewind.restore()
         self.end()
-        _let_go_of_memory(self._device)
+        let_go_of_memory(self._device)
         return undone
 
 
-def _let_go_of_memory(device: torch.device) -> None:
-    """Give what a failed step held back to the device."""
+def let_go_of_memory(device: torch.device) -> None:
+    """Give what is held for nothing back to the device."""
     gc.collect()
     if device.type != "cpu" and hasattr(_device_module(device), "empty_cache"):
         _device_module(device).empty_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.accounts import counters_of, make_report, static_bytes
+from lightning_superpipe.accounts import counters_of, finish_recording, make_report, static_bytes
+from lightning_superpipe.aside import AsideRule, move_as_it_fits
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.device_memory import device_limit
 from lightning_superpipe.engine.backend import is_separate
@@ -22,9 +24,9 @@ from lightning_superpipe.engine.choices import may_pin, memory_need, wire_of
 from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
-from lightning_superpipe.errors import UnsupportedError
-from lightning_superpipe.guard import StepGuard
+from lightning_superpipe.guard import OrdinaryGuard, StepGuard
 from lightning_superpipe.host_memory import files_for, held_bytes, host_limit, require_host, training_bytes, unit_sizes
+from lightning_superpipe.knobs import first_setting, refuse_announced
 from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.profiles import known_machine
@@ -36,18 +38,20 @@ from lightning_superpipe.optimizer import (
     Masters,
     ShareChoice,
     make_stage,
+    optimizers_of,
     sparsely_differentiated,
     wants_fused,
 )
 from lightning_superpipe.partition import UnitTable, partition, unit_table
-from lightning_superpipe.planning.budget import MemoryNeed, choose_k, choose_residents, refuse_updates
+from lightning_superpipe.planning.budget import refuse_updates
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.promotions import report_promotions
 from lightning_superpipe.rewind import OutOfDeviceMemory
 from lightning_superpipe.tiers import Places
 from lightning_superpipe.tuning import Tuner, make_tuner
 
-__all__ = ["FusedChoice", "OutOfDeviceMemory", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
+__all__ = ["FusedChoice", "OrdinaryGuard", "OutOfDeviceMemory", "Session", "UnitTable", "sparsely_differentiated"]
+__all__ += ["wants_fused"]
 
 _log = logging.getLogger("lightning_superpipe")
 
@@ -81,21 +85,16 @@ class Session:
     ) -> None:
         self.config, self.device, self.trains = config, device, trains
         refuse_streamed(root)
-        if config.update == "in_backward" and owns_root:
-            raise UnsupportedError(
-                "update='in_backward' needs a loop that announces its steps: Lightning's Trainer with automatic "
-                "optimization. In a loop of your own leave update out, and put backward and step into `with "
-                "pipe.updating(optimizer):`. Or use update='after_backward', which is exact as well and hides the "
-                "update under the next forward."
-            )
+        if owns_root:
+            refuse_announced(config)
         found = partition(root, config.units)
         self._wire = wire_of(root, config)
         need = memory_need(root, found, self._wire, trains=trains)
         limit = device_limit(config, device)
         budget = None if config.device_memory is None else limit
-        start = _first_setting(config, need, budget)
+        start = first_setting(config, need, budget)
         self.units: UnitTable = unit_table(root, found, k=start.k)
-        self._need, self._budget, self._root = need, budget, root
+        self._need, self._budget, self._root, self._of = need, budget, root, weakref.ref(root)
         self._optimizers = list(optimizers)
         self._files = files_for(root, self._optimizers, config, need, self._wire, self.units)
         self._require_host()
@@ -114,11 +113,14 @@ class Session:
         self._masters = Masters() if config.master_weights is not None else None
         self._updates = make_stage(self._engine, config, self._masters, self._tier, self._files)
         self._machine = functools.cache(partial(known_machine, device, is_emulated=config.link is not None))
-        opens_share = config.update_on_device == "auto"
-        self._share = ShareChoice(self._updates, device, is_open=opens_share, machine=self._machine)
+        is_open = config.update_on_device == "auto"
+        self._share = ShareChoice(self._updates, device, is_open=is_open, machine=self._machine)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._owns_root = owns_root
-        self._tuner = self._make_tuner(start, limit, tell or _log.info)
+        self._tell = tell or _log.info
+        self._tuner = self._make_tuner(start, limit)
+        self._aside = AsideRule(config, self._tuner, self._ordinary_bytes, self._tell)
+        self.on_aside: Callable[[], None] = lambda: None
         self._backward_scope = contextlib.ExitStack()
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = self._is_counted = False
@@ -129,7 +131,7 @@ class Session:
             self.guard.watch()
         self.recording: Recording | None = None
 
-    def _make_tuner(self, start: Setting, limit: int | None, tell: Callable[[str], None]) -> Tuner:
+    def _make_tuner(self, start: Setting, limit: int | None) -> Tuner:
         return make_tuner(
             self._engine,
             self._meter,
@@ -142,8 +144,11 @@ class Session:
             anchor_bytes=lambda: self._static_bytes()[1],
             host_limit=lambda: host_limit(self.config, self._held()),
             machine=self._machine,
-            tell=tell,
+            tell=self._tell,
         )
+
+    def _ordinary_bytes(self) -> tuple[int, int, int]:
+        return training_bytes(self._root, self._optimizers, has_gradients=self._num_steps > 0)
 
     def _held(self) -> HostBytes:
         scratch = 0 if self._masters is None else self._masters.scratch_bytes
@@ -157,7 +162,7 @@ class Session:
     @contextlib.contextmanager
     def _call_scope(self, kind: str) -> Iterator[Callable[[Any], None] | None]:
         """Scope of one call of the root by a loop that opens no steps; the calls inside a ``generate`` share one."""
-        if self._is_in_scope:
+        if self._is_in_scope or (not self.guard.attempts.is_open and self.steps_aside(is_safe=False)):
             yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
@@ -226,15 +231,8 @@ class Session:
         self._last_step = counters_of(self._engine, self._tier.traffic) - self._at_step_start
         if self._meter.recorder is not None:
             self._meter.recorder = None
-            self.recording = self._engine.lanes.stop_recording().finish(
-                unit_names=[unit.name for unit in self._engine.units],
-                k=self.k,
-                k_prime=self.k_prime,
-                device=str(self.device),
-                emulated=self.is_emulated,
-                resident_bytes=sum(training_bytes(self._root, self._optimizers, has_gradients=True)),
-                budget_bytes=self._budget,
-            )
+            ordinary = sum(self._ordinary_bytes())
+            self.recording = finish_recording(self._engine, self._tuner.setting, ordinary, self._budget)
 
     def unit_profile(self) -> UnitProfile | None:
         """What the first steps took, by unit; None before they are over."""
@@ -279,12 +277,7 @@ class Session:
         """Take those of these optimizers that hold parameters of the module as its own: their states count in the
         report, their steps are split.
         """
-        own = {id(parameter) for parameter in self._root.parameters()}
-        self._optimizers = [
-            optimizer
-            for optimizer in optimizers
-            if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
-        ]
+        self._optimizers = optimizers_of(self._root, optimizers)
         if self._optimizers:
             self._tuner.begin_training()
         self._require_host()
@@ -300,24 +293,50 @@ class Session:
         Args:
             lends: nobody looks at them behind the step either, up to the next one's backward.
         """
-        return (
-            contextlib.nullcontext()
-            if self._updates is None or self._tuner.is_new
-            else self._updates.announced(optimizer, lends=lends)
-        )
+        if not self.is_open or self._updates is None or self._tuner.is_new:
+            return contextlib.nullcontext()
+        return self._updates.announced(optimizer, lends=lends)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the module streams."""
+        return self._final_report is None
 
     def streams(self, model: nn.Module) -> bool:
-        """Whether this is the session of a module."""
-        return self._final_report is None and self._root is model
+        """Whether a module streams in this session."""
+        return self.is_open and self.is_of(model)
 
-    def invalidate(self) -> None:
-        """User code may have written to weights: load everything afresh."""
-        self._engine.invalidate()
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is a module's session, open or closed."""
+        return self._of() is model
 
     def abort(self) -> None:
         """Put the model in order after an exception."""
         self._backward_scope.close()
         self._engine.abort()
+
+    # -- where everything fits
+
+    def steps_aside(self, *, is_safe: bool) -> bool:
+        """Between two steps: close the session, with everything on the device, if the ordinary run fits there.
+
+        Args:
+            is_safe: nobody can hold tensors that this would leave behind on the host.
+
+        Raises:
+            OutOfDeviceMemory: the device has less room than it said; the session is closed, all is on the host.
+        """
+        need = self._aside.due(self._num_steps, is_safe=is_safe) if self.is_open else None
+        if need is None:
+            return False
+        root, optimizers = self._root, self._optimizers
+        self.close()
+        self.on_aside()
+        move_as_it_fits(root, optimizers, self.device, need)
+        said = f"{need}: from step {self._num_steps} on the run goes on as without superpipe"
+        self._final_report = replace(self.report(), plan=f"{self.report().plan}\n{said}")
+        self._tell(f"superpipe: {said}.")
+        return True
 
     def close(self) -> None:
         """Give the model back as it was, with its current weights. The report stays; nothing of the model does."""
@@ -374,15 +393,3 @@ class Session:
 
     def _static_bytes(self) -> tuple[int, int]:
         return static_bytes(self._engine, self._updates, self._need)
-
-
-def _first_setting(config: SuperpipeConfig, need: MemoryNeed, budget: int | None) -> Setting:
-    """What a run begins with, as long as nothing has been measured.
-
-    Raises:
-        BudgetError: not even the smallest window fits.
-    """
-    k_prime = 1 if config.k_prime == "auto" else config.k_prime
-    k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
-    resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
-    return Setting(k, min(k_prime, k), resident)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +17,10 @@ from torch.optim import Optimizer
 from lightning_superpipe.adapters.checkpoint import own_memory, reading_pages
 from lightning_superpipe.adapters.disk import Advice
 from lightning_superpipe.adapters.drafts import Shelter
-from lightning_superpipe.adapters.plain import bring_home
+from lightning_superpipe.adapters.materialize import refuse_meta
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import ConfigError, SuperpipeError, UnsupportedError
+from lightning_superpipe.moving import bring_home
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.session import FusedChoice, Session, UnitTable, sparsely_differentiated, wants_fused
 
@@ -74,11 +76,10 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
             prepared: nn.Module = super().prepare_model(model, False, evaluation_mode)
             return prepared
         _refuse_quantised(model)
-        bring_home(model, ())
+        refuse_meta(model)
+        bring_home(model, self._own_optimizers())
         if self.session_of(model) is None:
-            session = Session(model, self._superpipe, self.device, trains=not evaluation_mode, owns_root=True)
-            session.attend([getattr(each, "optimizer", each) for each in self._optimizers])
-            self._sessions.append(session)
+            self._open(model, self._superpipe, trains=not evaluation_mode)
         prepared = super().prepare_model(model, False, evaluation_mode)
         if prepared is not model:
             raise UnsupportedError(
@@ -93,8 +94,8 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
             bring_home(nn.Module(), [optimizer])
             self._choose_fused(optimizer)
         prepared = super().prepare_optimizer(optimizer, False)
-        for session in self._sessions:
-            session.attend([getattr(each, "optimizer", each) for each in self._optimizers])
+        for session in [each for each in self._sessions if each.is_open]:
+            session.attend(self._own_optimizers())
         return prepared
 
     def free_memory(self, *objects: Any) -> Any:
@@ -174,8 +175,8 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
         try:
             yield
         finally:
-            for optimizer in self._optimizers:
-                self._choose_fused(getattr(optimizer, "optimizer", optimizer))
+            for optimizer in self._own_optimizers():
+                self._choose_fused(optimizer)
 
     # -- what users ask
 
@@ -197,10 +198,10 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
         Raises:
             SuperpipeError: it was not prepared, or has been given back.
         """
-        session = self.session_of(model)
-        if session is None:
+        sessions = [session for session in self._sessions if session.is_of(model)]
+        if not sessions:
             raise SuperpipeError("the model is not prepared: nothing has run yet, or free_memory() gave it back.")
-        return session.report()
+        return sessions[-1].report()
 
     def _session_at(self, index: int) -> Session:
         if index >= len(self._sessions):
@@ -210,6 +211,24 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
     def session_of(self, model: nn.Module) -> Session | None:
         """The session of a prepared model; None if it is not prepared."""
         return next((session for session in self._sessions if session.streams(model)), None)
+
+    def _open(self, model: nn.Module, config: SuperpipeConfig, *, trains: bool) -> Session:
+        session = Session(model, config, self.device, trains=trains, owns_root=True)
+        session.attend(self._own_optimizers())
+        session.on_aside = self._fused.give_back
+        self._sessions.append(session)
+        return session
+
+    def stream_again(self, model: nn.Module) -> Session:
+        """Stream a model for good that has been streamed before, and is on the device now."""
+        bring_home(model, self._own_optimizers())
+        session = self._open(model, replace(self._superpipe, step_aside=False), trains=True)
+        for optimizer in self._own_optimizers():
+            self._choose_fused(optimizer)
+        return session
+
+    def _own_optimizers(self) -> list[Optimizer]:
+        return [getattr(each, "optimizer", each) for each in self._optimizers]
 
     def _choose_fused(self, optimizer: Optimizer) -> None:
         if wants_fused(self._superpipe.fused_optimizer, self.device, scales=self.scaler is not None):

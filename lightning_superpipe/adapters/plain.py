@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from lightning_superpipe.adapters.checks import remarks
 from lightning_superpipe.adapters.materialize import refuse_meta
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeWarning
+from lightning_superpipe.moving import bring_home
 from lightning_superpipe.observe.identity import default_device
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
@@ -30,9 +29,7 @@ from lightning_superpipe.session import (
     wants_fused,
 )
 
-__all__ = ["Pipe", "attach", "bring_home"]
-
-_HOST = torch.device("cpu")
+__all__ = ["Pipe", "attach"]
 
 
 class Pipe:
@@ -49,10 +46,12 @@ class Pipe:
     def __init__(
         self, model: nn.Module, optimizers: tuple[Optimizer, ...], config: SuperpipeConfig, device: torch.device
     ) -> None:
-        self.model, self.device = model, device
+        self.model, self.device, self._optimizers = model, device, optimizers
+        refuse_meta(model)
         bring_home(model, optimizers)
         self._session = Session(model, config, device, trains=True, owns_root=True, optimizers=optimizers)
         self._fused = FusedChoice()
+        self._session.on_aside = self._fused.give_back
         try:
             self._session.attend(optimizers)
         except BaseException:
@@ -102,6 +101,7 @@ class Pipe:
         """Give the model back as it was, on the host, with its current weights. Closing twice does no harm."""
         self._session.close()
         self._fused.give_back()
+        bring_home(self.model, self._optimizers)
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +109,8 @@ class Pipe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        said = self._session.guard.refuse(str(error)) if kind is torch.OutOfMemoryError else ""  # of the loop's own
+        is_own = kind is torch.OutOfMemoryError and self._session.streams(self.model)  # of the loop's own
+        said = self._session.guard.refuse(str(error)) if is_own else ""
         self.close()
         if said:
             raise OutOfDeviceMemory(said) from error
@@ -148,17 +149,3 @@ def attach(
     """
     chosen = SuperpipeConfig.from_options(**options) if config is None else config
     return Pipe(model, optimizers, chosen, default_device() if device is None else torch.device(device))
-
-
-def bring_home(model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Bring parameters, buffers and optimizer states to the host; the objects stay.
-
-    Raises:
-        UnsupportedError: a parameter or buffer has no values to bring.
-    """
-    refuse_meta(model)
-    if any(tensor.device.type != "cpu" for tensor in (*model.parameters(), *model.buffers())):
-        model.to(_HOST)
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            optimizer.state[parameter] = tree_map_only(Tensor, lambda value: value.to(_HOST), state)

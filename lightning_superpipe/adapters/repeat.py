@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_superpipe.session import Session
 
-__all__ = ["LightningNotes", "TrainerNotes", "repeated_if_too_large"]
+__all__ = ["LightningNotes", "Notes", "TrainerNotes", "repeated_if_too_large"]
 
 _Result = TypeVar("_Result")
 _PLAIN = (int, float, str, type(None))

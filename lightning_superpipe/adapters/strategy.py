@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -20,9 +21,11 @@ from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_un
 from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
 from lightning_superpipe.adapters.gradient_readers import gradient_readers, refuse_in_backward
 from lightning_superpipe.adapters.materialize import materialize
+from lightning_superpipe.adapters.ordinary import OrdinarySteps, ordinary_steps
 from lightning_superpipe.adapters.repeat import LightningNotes, repeated_if_too_large
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError
+from lightning_superpipe.moving import bring_home
 from lightning_superpipe.observe.report import Report
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.observe.unit_profile import UnitProfile
@@ -63,6 +66,7 @@ class SuperpipeMixin(OneDeviceMixin):
         self._asked_devices = parallel_devices
         self._session: Session | None = None
         self._last_session: Session | None = None
+        self._ordinary: OrdinarySteps | None = None
         self._fused = FusedChoice()
         self._said: set[str] = set()
         self._updates_in_backward = False
@@ -136,10 +140,15 @@ class SuperpipeMixin(OneDeviceMixin):
         materialize(model)
         trainer = getattr(self.lightning_module, "_trainer", None)
         trains = trainer is None or bool(trainer.training)
-        self._session = Session(model, self.config, self.compute_device, trains=trains, tell=self._say)
-        if remark := "; ".join(remarks(self._session)):
+        session = self._open(model, self.config, trains=trains)
+        if remark := "; ".join(remarks(session)):
             self._say(f"superpipe: {remark}.")
         return model
+
+    def _open(self, model: nn.Module, config: SuperpipeConfig, *, trains: bool) -> Session:
+        self._session = Session(model, config, self.compute_device, trains=trains, tell=self._say)
+        self._session.on_aside = self._fused.give_back
+        return self._session
 
     def teardown(self) -> None:
         self._close()
@@ -147,9 +156,36 @@ class SuperpipeMixin(OneDeviceMixin):
         super().teardown()
 
     def _close(self) -> None:
+        if self._ordinary is not None:
+            self._ordinary.close()
+            self._ordinary = None
         if self._session is not None:
             self._session.close()
             self._last_session, self._session = self._session, None
+
+    def _step_aside_if_all_fits(self) -> None:
+        """Let the ordinary run go on, where it fits and nobody else can hold what moves to the device then."""
+        session, module = self._session, self.lightning_module
+        if session is None:
+            return
+        self._ordinary = ordinary_steps(
+            session,
+            module,
+            self.optimizers,
+            is_safe=runs_undisturbed(module),
+            stream_again=self._stream_again,
+            tell=self._say,
+        )
+        if self._ordinary is not None:
+            self._last_session, self._session, self._updates_in_backward = session, None, False
+
+    def _stream_again(self) -> Session:
+        self._ordinary = None
+        bring_home(self.model, self.optimizers)
+        session = self._open(self.model, replace(self.config, step_aside=False), trains=True)
+        self._choose_update(self.lightning_module.trainer)
+        self._choose_fused()
+        return session
 
     def on_exception(self, exception: BaseException) -> None:
         if self._session is not None and type(exception) is torch.OutOfMemoryError:
@@ -166,7 +202,8 @@ class SuperpipeMixin(OneDeviceMixin):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._session is None:
-            return super().training_step(*args, **kwargs)
+            with nullcontext() if self._ordinary is None else self._ordinary.call():
+                return super().training_step(*args, **kwargs)
         with self._session.guard.call(trains=True), self._step("train"):
             return super().training_step(*args, **kwargs)
 
@@ -202,21 +239,25 @@ class SuperpipeMixin(OneDeviceMixin):
     # -- optimizers and checkpoints
 
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        session, module = self._session, self.lightning_module
-        if session is None:
-            return super().optimizer_step(optimizer, closure, *args, **kwargs)
-        if module is not None and module.automatic_optimization:  # else the closure is no whole step
+        module = self.lightning_module
+        is_live = self._session is not None or self._ordinary is not None
+        if is_live and module is not None and module.automatic_optimization:  # else the closure is no whole step
+            self._step_aside_if_all_fits()
             closure = partial(self._repeating, closure)
         scope: contextlib.AbstractContextManager[None] = nullcontext()
-        if self._updates_in_backward:
+        if (session := self._session) is not None and self._updates_in_backward:
             scope = session.updating_in_backward(optimizer, lends=runs_undisturbed(module))
         with scope:
             return super().optimizer_step(optimizer, closure, *args, **kwargs)
 
     def _repeating(self, closure: Callable[[], Any]) -> Any:
-        session = self._require_session()
-        result = repeated_if_too_large(session, closure, partial(LightningNotes, self.lightning_module))
-        session.guard.attempts.end()
+        notes = partial(LightningNotes, self.lightning_module)
+        if self._ordinary is not None:
+            result = self._ordinary.run(closure, notes)
+        else:
+            result = repeated_if_too_large(self._require_session(), closure, notes)
+        if self._session is not None:
+            self._session.guard.attempts.end()
         return result
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -261,7 +302,7 @@ class SuperpipeMixin(OneDeviceMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         # Trainers are pickled and deep-copied; a session belongs to one module in one process.
-        return {**super().__getstate__(), "_session": None, "_last_session": None}
+        return {**super().__getstate__(), "_session": None, "_last_session": None, "_ordinary": None}
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,12 @@ from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, config
 from lightning_superpipe.adapters.checkpoint import own_memory, reading_pages
 from lightning_superpipe.adapters.disk import Advice
 from lightning_superpipe.adapters.drafts import Shelter
+from lightning_superpipe.adapters.ordinary import OrdinarySteps, ordinary_steps
 from lightning_superpipe.adapters.repeat import TrainerNotes, repeated_if_too_large
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError, SuperpipeWarning, UnsupportedError
 from lightning_superpipe.observe.report import Report
+from lightning_superpipe.session import Session
 
 if TYPE_CHECKING:
     _Base: Any
@@ -34,6 +38,10 @@ _REFUSED = {
     "bf16_full_eval": "it moves the whole model to the device",
     "torch_compile": "it wraps the whole model; compile the units instead",
 }
+
+_FRAMEWORKS = frozenset(("transformers", "trl", "builtins", __name__.partition(".")[0]))
+_HARMLESS = frozenset(("compute_loss", "get_train_dataloader", "get_eval_dataloader", "log"))  # overridden by users
+_log = logging.getLogger("lightning_superpipe")
 
 _ADVICE = Advice("TrainingArguments(output_dir=...)", "save_only_model=True")
 _STATE = "trainer_state.json"  # the last file that a Trainer writes into a checkpoint
@@ -68,6 +76,7 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
     ) -> None:
         self.superpipe = config_of(superpipe)
         self._draft_folder: Path | None = None  # in which a checkpoint is being written
+        self._ordinary: OrdinarySteps | None = None
         super().__init__(*arguments, **options)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -88,12 +97,28 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
         Raises:
             OutOfDeviceMemory: no smaller plan is left, or gradients of earlier batches have been added to.
         """
+        self._step_aside_if_all_fits(model)
         accelerator: SuperpipeAccelerator = self.accelerator
-        own: Callable[..., Tensor] = super().training_step
+        own: Callable[..., Tensor] = partial(super().training_step, model, *arguments, **options)
+        if (session := accelerator.session_of(model)) is not None:
+            return repeated_if_too_large(session, own, lambda: TrainerNotes(self))
+        return own() if self._ordinary is None else self._ordinary.run(own, lambda: TrainerNotes(self))
+
+    def _step_aside_if_all_fits(self, model: nn.Module) -> None:
+        """Let the ordinary run go on, where it fits and nobody else can hold what moves to the device then."""
+        accelerator: SuperpipeAccelerator = self.accelerator
         session = accelerator.session_of(model)
-        if session is None:
-            return own(model, *arguments, **options)
-        return repeated_if_too_large(session, lambda: own(model, *arguments, **options), lambda: TrainerNotes(self))
+        if session is None or session.guard.attempts.is_open:
+            return
+
+        def stream_again() -> Session:
+            self._ordinary = None
+            return accelerator.stream_again(model)
+
+        is_safe = _runs_undisturbed(self)
+        self._ordinary = ordinary_steps(
+            session, model, [self.optimizer], is_safe=is_safe, stream_again=stream_again, tell=_log.info
+        )
 
     def superpipe_report(self) -> Report:
         """What streaming the trained model cost and saved.
@@ -193,6 +218,18 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
 
 class SuperpipeTrainer(SuperpipeTrainerMixin, Trainer):
     """``transformers.Trainer`` with a streamed model; takes ``superpipe=dict(k=4, k_prime=2)`` besides."""
+
+
+def _runs_undisturbed(trainer: Any) -> bool:
+    """Whether all that runs between two steps is the framework's, which holds no tensors of the model's."""
+    foreign = [base for base in type(trainer).__mro__ if _package(base) not in _FRAMEWORKS]
+    own = {name for base in foreign for name in vars(base) if not name.startswith("__")}
+    callbacks = trainer.callback_handler.callbacks
+    return own <= _HARMLESS and all(_package(type(callback)) in _FRAMEWORKS for callback in callbacks)
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
 
 
 def _shelter_of(folder: str | Path) -> Shelter:

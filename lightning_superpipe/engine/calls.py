@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_superpipe.engine.backend import graph_task_id, hooks_are_allowed, is_tracing, raw_tensors
-from lightning_superpipe.engine.swap import Owner
+from lightning_superpipe.engine.swap import Owner, owner_of
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.watch import pause
 from lightning_superpipe.planning import Op
@@ -179,6 +179,8 @@ class RootOwner(_EngineOwner):
         if is_tracing() or is_recomputed:
             return self._call_inner(module, forward, args, kwargs)
         with self._scope("call") as tell:
+            if owner_of(module) is not self:  # streaming has ended
+                return forward(*args, **kwargs)
             output = self._call_inner(module, forward, args, kwargs)
             if tell is not None:
                 tell(output)

@@ -1,6 +1,6 @@
 """Who updates a unit, where and when: the user's own optimizer, on the host, split by units where that is exact."""
 
-from lightning_superpipe.optimizer.choice import make_stage
+from lightning_superpipe.optimizer.choice import make_stage, optimizers_of
 from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.fused import FusedChoice, sparsely_differentiated, wants_fused
 from lightning_superpipe.optimizer.masters import Masters
@@ -14,6 +14,7 @@ __all__ = [
     "ShareChoice",
     "UpdateStage",
     "make_stage",
+    "optimizers_of",
     "sparsely_differentiated",
     "wants_fused",
 ]

@@ -1,6 +1,11 @@
-"""Which update stage an engine gets, as the options say."""
+"""Which optimizers are a module's, and which update stage an engine gets, as the options say."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
 
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.engine import Engine
@@ -11,7 +16,17 @@ from lightning_superpipe.optimizer.stored import StoredUpdates
 from lightning_superpipe.planning.disk_tier import FileChoice
 from lightning_superpipe.tiers import Tier
 
-__all__ = ["make_stage"]
+__all__ = ["make_stage", "optimizers_of"]
+
+
+def optimizers_of(root: nn.Module, optimizers: Iterable[Optimizer]) -> list[Optimizer]:
+    """Return those optimizers that hold parameters of a module."""
+    own = {id(parameter) for parameter in root.parameters()}
+    return [
+        optimizer
+        for optimizer in optimizers
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+    ]
 
 
 def make_stage(
