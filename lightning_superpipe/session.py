@@ -24,7 +24,7 @@ from lightning_superpipe.engine.choices import may_pin, memory_need, wire_of
 from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
-from lightning_superpipe.guard import OrdinaryGuard, StepGuard
+from lightning_superpipe.guard import StepGuard
 from lightning_superpipe.host_memory import files_for, held_bytes, host_limit, require_host, training_bytes, unit_sizes
 from lightning_superpipe.knobs import first_setting, refuse_announced
 from lightning_superpipe.observe.host_bytes import HostBytes
@@ -50,8 +50,7 @@ from lightning_superpipe.rewind import OutOfDeviceMemory
 from lightning_superpipe.tiers import Places
 from lightning_superpipe.tuning import Tuner, make_tuner
 
-__all__ = ["FusedChoice", "OrdinaryGuard", "OutOfDeviceMemory", "Session", "UnitTable", "sparsely_differentiated"]
-__all__ += ["wants_fused"]
+__all__ = ["FusedChoice", "OutOfDeviceMemory", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
 _log = logging.getLogger("lightning_superpipe")
 
@@ -66,6 +65,10 @@ class Session:
         owns_root: the root itself is called (not only its parts): each call outside :meth:`step` is a step by itself.
         optimizers: those that are known already; :meth:`attend` is called with all.
         tell: says something to the user; None logs it.
+
+    Attributes:
+        is_asked: a front end asks :meth:`steps_aside` by itself; else each call of the root does.
+        on_aside: called before everything moves to the device.
 
     Raises:
         PartitionError, UnsupportedError: the module cannot be streamed, or not as asked, or streams already.
@@ -121,6 +124,7 @@ class Session:
         self._tuner = self._make_tuner(start, limit)
         self._aside = AsideRule(config, self._tuner, self._ordinary_bytes, self._tell)
         self.on_aside: Callable[[], None] = lambda: None
+        self.is_asked = False
         self._backward_scope = contextlib.ExitStack()
         self._num_steps = 0
         self._is_step_open = self._is_in_scope = self._is_counted = False
@@ -162,7 +166,8 @@ class Session:
     @contextlib.contextmanager
     def _call_scope(self, kind: str) -> Iterator[Callable[[Any], None] | None]:
         """Scope of one call of the root by a loop that opens no steps; the calls inside a ``generate`` share one."""
-        if self._is_in_scope or (not self.guard.attempts.is_open and self.steps_aside(is_safe=False)):
+        is_between = not (self._is_in_scope or self.is_asked or self.guard.attempts.is_open)
+        if self._is_in_scope or (is_between and self.steps_aside(is_safe=False)):
             yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind

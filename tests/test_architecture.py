@@ -50,7 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "forecast": {
         *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "session"),
     },
-    "adapters": {"session", "config", "errors", "moving", "observe", "rewind"},
+    "adapters": {"session", "config", "errors", "guard", "moving", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming
     "app": {*("adapters", "forecast", "session", "config", "option_checks", "errors", "observe", "planning", "sweeps")},
     "sweeps": {"errors", "config", "option_checks", "observe"},

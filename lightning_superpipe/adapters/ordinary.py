@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.adapters.repeat import Notes, repeated_if_too_large
-from lightning_superpipe.session import OrdinaryGuard, OutOfDeviceMemory, Session
+from lightning_superpipe.guard import OrdinaryGuard
+from lightning_superpipe.session import OutOfDeviceMemory, Session
 
 __all__ = ["OrdinarySteps", "ordinary_steps"]
 

@@ -108,7 +108,10 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
         """Let the ordinary run go on, where it fits and nobody else can hold what moves to the device then."""
         accelerator: SuperpipeAccelerator = self.accelerator
         session = accelerator.session_of(model)
-        if session is None or session.guard.attempts.is_open:
+        if session is None:
+            return
+        session.is_asked = True
+        if session.guard.attempts.is_open:
             return
 
         def stream_again() -> Session:
@@ -223,7 +226,8 @@ class SuperpipeTrainer(SuperpipeTrainerMixin, Trainer):
 def _runs_undisturbed(trainer: Any) -> bool:
     """Whether all that runs between two steps is the framework's, which holds no tensors of the model's."""
     foreign = [base for base in type(trainer).__mro__ if _package(base) not in _FRAMEWORKS]
-    own = {name for base in foreign for name in vars(base) if not name.startswith("__")}
+    members = [member for base in foreign for member in vars(base).items()]
+    own = {name for name, value in members if hasattr(value, "__get__") and not name.startswith("__")}
     callbacks = trainer.callback_handler.callbacks
     return own <= _HARMLESS and all(_package(type(callback)) in _FRAMEWORKS for callback in callbacks)
 
