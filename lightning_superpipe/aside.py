@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_superpipe.config import SuperpipeConfig
-from lightning_superpipe.host_memory import stored_kinds
+from lightning_superpipe.knobs import may_step_aside
 from lightning_superpipe.moving import bring_home, move_to_device
 from lightning_superpipe.planning.aside import OrdinaryNeed, ordinary_need
 from lightning_superpipe.rewind import OutOfDeviceMemory, let_go_of_memory
@@ -34,7 +34,7 @@ class AsideRule:
         tell: Callable[[str], None],
     ) -> None:
         self._config, self._tuner, self._sizes, self._tell = config, tuner, sizes, tell
-        self._is_open = config.step_aside is not False and _leaves_all_open(config)
+        self._is_open = may_step_aside(config)
 
     def due(self, num_steps: int, *, is_safe: bool) -> OrdinaryNeed | None:
         """Return what the ordinary run will hold, if it is to go on from here; None if streaming goes on.
@@ -74,11 +74,3 @@ def move_as_it_fits(root: nn.Module, optimizers: Sequence[Optimizer], device: to
             f"{need}, by what was known of it, but there was no room: {error} Streaming has ended, and the model is on "
             "the host with all of the last finished step. Set step_aside=False to let it stream."
         ) from error
-
-
-def _leaves_all_open(config: SuperpipeConfig) -> bool:
-    """Whether nothing was asked for that only streaming gives."""
-    knobs = (config.k, config.resident, config.activations)
-    is_wide = config.wire_dtype is None and config.master_weights is None and config.micro_batches == 1
-    is_on_host = not stored_kinds(config) and config.update_on_device in (0.0, "auto")
-    return all(knob == "auto" for knob in knobs) and is_wide and is_on_host

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.config import STORED_KINDS, SuperpipeConfig
 from lightning_superpipe.engine.activations import Activations
 from lightning_superpipe.errors import UnsupportedError
 from lightning_superpipe.planning.budget import MemoryNeed, choose_k, choose_residents
 from lightning_superpipe.planning.choose import Asked
 from lightning_superpipe.planning.workload import Setting
 
-__all__ = ["asked_of", "first_setting", "refuse_announced"]
+__all__ = ["asked_of", "first_setting", "may_step_aside", "refuse_announced"]
 
 
 def asked_of(
@@ -36,6 +36,14 @@ def asked_of(
         activations=tuple(policies),
         update=setting.update,
     )
+
+
+def may_step_aside(config: SuperpipeConfig) -> bool:
+    """Whether a run may go on without streaming: it is allowed, and nothing was asked for that only streaming gives."""
+    knobs = (config.k, config.resident, config.activations)
+    is_wide = config.wire_dtype is None and config.master_weights is None and config.micro_batches == 1
+    is_on_host = not any(map(config.is_on_disk, STORED_KINDS)) and config.update_on_device in (0.0, "auto")
+    return config.step_aside is not False and all(knob == "auto" for knob in knobs) and is_wide and is_on_host
 
 
 def first_setting(config: SuperpipeConfig, need: MemoryNeed, budget: int | None) -> Setting:

@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "host_memory": {"errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer"},
     "accounts": {"planning", "tiers", "observe", "engine", "optimizer", "host_memory"},
     "moving": set(),
-    "aside": {"config", "planning", "host_memory", "moving", "rewind", "tuning"},
+    "aside": {"config", "planning", "knobs", "moving", "rewind", "tuning"},
     "rewind": {"errors", "engine"},
     "promotions": {"errors", "engine"},
     "device_memory": {"errors", "config", "observe"},
@@ -48,7 +48,8 @@ LAYERS: dict[str, set[str]] = {
         *("accounts", "aside", "device_memory", "guard", "knobs", "profiling", "promotions", "rewind", "tuning"),
     },
     "forecast": {
-        *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "session"),
+        *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "knobs"),
+        "session",
     },
     "adapters": {"session", "config", "errors", "guard", "moving", "observe"},
     "recipes": {"errors"},  # modules and data that know nothing of streaming

@@ -48,7 +48,7 @@ class Contender:
     """One way to train, and what it took.
 
     Attributes:
-        k: window in units; None trains without the strategy.
+        options: of the strategy; None trains without it.
         wall_ms: of each step after warm-up, in order.
         cpu_ms: processor time of all threads, likewise.
         loads: units copied to the device in one step.
@@ -57,7 +57,7 @@ class Contender:
     """
 
     name: str
-    k: int | None
+    options: dict[str, Any] | None
     wall_ms: list[float] = field(default_factory=list)
     cpu_ms: list[float] = field(default_factory=list)
     loads: int = 0
@@ -129,7 +129,7 @@ def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="measured steps")
-    parser.add_argument("--warm-up", type=int, default=4, help="steps before them; the first two measure memory")
+    parser.add_argument("--warm-up", type=int, default=10, help="steps before them; auto needs seven")
     parser.add_argument("--windows", type=int, nargs="*", default=[2, 4], help="further windows k, for information")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)
@@ -143,9 +143,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Let all contenders train in turns, show what they took, and write it down if asked to."""
     options = parse()
-    windows = [Contender(f"k = {k}", k) for k in options.windows]
+    windows = [Contender(f"k = {k}", {"k": k}) for k in options.windows]
     control = Contender("plain again", None)  # how far two runs of the same thing lie apart
-    contenders = [Contender(PLAIN, None), control, Contender("k = n", options.layers + 9), *windows]
+    auto = Contender("auto", {"device_memory": "16GiB"})  # all fits, so that it steps aside
+    contenders = [Contender(PLAIN, None), control, auto, Contender("k = n", {"k": options.layers + 9}), *windows]
     load = os.getloadavg()[0]
     processes = ProcessPoolExecutor(
         len(contenders),
@@ -196,7 +197,7 @@ def train(contender: Contender, give_turn_away: Callable[[], None], options: arg
     torch.manual_seed(SEED)
     module = TimedGPT(options, give_turn_away)
     texts: Any = torch.randint(VOCABULARY, (num_steps * options.batch_size, options.tokens + 1))
-    strategy = "auto" if contender.k is None else SuperpipeStrategy(k=contender.k)
+    strategy = "auto" if contender.options is None else SuperpipeStrategy(**contender.options)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,

@@ -22,7 +22,9 @@ from lightning_superpipe.forecast.files import in_files
 from lightning_superpipe.forecast.machine import machine_profile
 from lightning_superpipe.forecast.played import MakeOptimizer, PlayedStep, Step, play
 from lightning_superpipe.forecast.workload import workload_on
+from lightning_superpipe.knobs import may_step_aside
 from lightning_superpipe.observe import MachineProfile, find_profile
+from lightning_superpipe.planning.aside import OrdinaryNeed, ordinary_need
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose, needed_bytes
 from lightning_superpipe.planning.free_batch import FreeBatch, smallest_free_batch
 from lightning_superpipe.planning.prediction import Prediction
@@ -70,6 +72,7 @@ class Forecast:
         windows: for a table of (k, k').
         choice: the fastest setting that fits, with its reasons; None if none does.
         refusal: why none fits; empty if one does.
+        ordinary: what the run holds without streaming, if that fits and it may go on so; None else.
         free: from which batch on copies and updates are hidden.
         recomputes: units compute their forward again in backward.
         remarks: what had to be assumed.
@@ -83,6 +86,7 @@ class Forecast:
     windows: tuple[Window, ...]
     choice: Choice | None
     refusal: str
+    ordinary: OrdinaryNeed | None
     free: FreeBatch
     recomputes: bool
     remarks: tuple[str, ...]
@@ -97,6 +101,8 @@ class Forecast:
             yield f"{machine.note}: {', '.join(machine.sources)}"
         yield from _rendered(self._table())
         yield self.refusal or ("" if self.choice is None else self.choice.explain())
+        if self.ordinary is not None:
+            yield f"All {self.ordinary}: after its first steps a run may go on as without superpipe (step_aside)."
         host = self.step.host
         yield (
             f"Host memory: {_size(host.total)} ({_size(host.weights)} of weights, {_size(host.gradients)} of "
@@ -230,10 +236,18 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
         windows=tuple(_windows(workload, speeds, limits, asked, choice)),
         choice=choice,
         refusal=refusal,
+        ordinary=_ordinary(choice, played, config),
         free=smallest_free_batch(workload, speeds, recompute=recomputes),
         recomputes=recomputes,
         remarks=remarks,
     )
+
+
+def _ordinary(choice: Choice | None, played: PlayedStep, config: SuperpipeConfig) -> OrdinaryNeed | None:
+    if choice is None or not may_step_aside(config):
+        return None
+    host = played.host
+    return ordinary_need(choice, host.weights, host.gradients, host.states)
 
 
 def _limits(profile: MachineProfile, config: SuperpipeConfig) -> Limits:

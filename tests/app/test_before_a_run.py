@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,9 +119,17 @@ def test_plan_says_what_the_host_lacks(superpipe: Command) -> None:
 
 
 def test_plan_says_that_everything_fits(superpipe: Command) -> None:
-    ran = superpipe("plan", "experiment=tiny", "k=auto", "device=cpu-2cores", "superpipe.device_memory=1GiB")
+    wanted = ("plan", "experiment=tiny", "k=auto", "device=cpu-2cores", "superpipe.device_memory=1GiB")
+    ran = superpipe(*wanted)
     assert ran.status == 0
     assert "everything fits, so no unit leaves the device, as without streaming" in ran.out
+    fits = r"All weights, gradients, optimizer states and activations fit .* of 1\.0 GiB: after its first steps"
+    assert re.search(fits, ran.out)
+    for kept in ("superpipe.step_aside=false", "superpipe.resident=0", "superpipe.master_weights=float32"):
+        again = superpipe(
+            "plan", "experiment=tiny", "k=auto", "device=cpu-2cores", "superpipe.device_memory=1GiB", kept
+        )
+        assert again.status == 0 and not re.search(fits, again.out)
 
 
 def test_a_model_of_billions_is_planned_without_its_memory(superpipe: Command) -> None:

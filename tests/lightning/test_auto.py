@@ -101,7 +101,7 @@ def test_one_knob_is_kept_and_the_others_are_chosen(plain: Result, options: dict
 def test_said_in_three_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(SuperpipeStrategy, "_tell", said.append)
-    strategy = SuperpipeStrategy(device_memory="1GiB", link=Link())
+    strategy = SuperpipeStrategy(device_memory="1GiB", link=Link(), step_aside=False)
     trainer("cpu", strategy, max_epochs=6).fit(ProbeModule())
     plans = [each for each in said if "predicted: " in each]
     assert plans[-1] == f"superpipe: {strategy.report().plan}"
@@ -109,7 +109,7 @@ def test_said_in_three_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("emu", marks=pytest.mark.emu)])
-@pytest.mark.parametrize("options", [{}, {"device_memory": "1MiB"}, {"device_memory": "60KiB"}])
+@pytest.mark.parametrize("options", [{}, {"device_memory": "1MiB", "step_aside": False}, {"device_memory": "60KiB"}])
 def test_a_trainer_that_chooses_equals_the_ordinary_one(device: Any, options: dict[str, Any]) -> None:
     case = ParityCase("auto", "plans change in mid-run", ProbeModule, options={"max_epochs": 6}, stages=("fit",))
     strategy = SuperpipeStrategy(adversary=HOSTILE, **options)
