@@ -36,12 +36,12 @@ class AsideRule:
         self._config, self._tuner, self._sizes, self._tell = config, tuner, sizes, tell
         self._is_open = may_step_aside(config)
 
-    def due(self, num_steps: int, *, is_safe: bool) -> OrdinaryNeed | None:
+    def due(self, num_steps: int, *, is_safe: Callable[[], bool]) -> OrdinaryNeed | None:
         """Return what the ordinary run will hold, if it is to go on from here; None if streaming goes on.
 
         Args:
             num_steps: that have run.
-            is_safe: nobody can hold tensors that this would leave behind on the host.
+            is_safe: returns whether nobody can hold tensors that this would leave behind on the host; asked once.
         """
         choice, setting, record = self._tuner.choice, self._tuner.setting, self._config.record_step
         if not self._is_open or choice is None or (record is not None and num_steps <= record):
@@ -49,7 +49,7 @@ class AsideRule:
         if setting.k != choice.setting.k or set(setting.activations) != {"keep"}:
             return None  # not in force, or not any more
         need = ordinary_need(choice, *self._sizes())
-        if need is None or is_safe or self._config.step_aside is True:
+        if need is None or self._config.step_aside is True or is_safe():
             return need
         self._is_open = False
         self._tell(

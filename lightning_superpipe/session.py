@@ -167,7 +167,7 @@ class Session:
     def _call_scope(self, kind: str) -> Iterator[Callable[[Any], None] | None]:
         """Scope of one call of the root by a loop that opens no steps; the calls inside a ``generate`` share one."""
         is_between = not (self._is_in_scope or self.is_asked or self.guard.attempts.is_open)
-        if self._is_in_scope or (is_between and self.steps_aside(is_safe=False)):
+        if self._is_in_scope or (is_between and self.steps_aside(is_safe=lambda: False)):
             yield None
             return
         mode = TRAIN if torch.is_grad_enabled() and kind == "call" else kind
@@ -322,11 +322,11 @@ class Session:
 
     # -- where everything fits
 
-    def steps_aside(self, *, is_safe: bool) -> bool:
+    def steps_aside(self, *, is_safe: Callable[[], bool]) -> bool:
         """Between two steps: close the session, with everything on the device, if the ordinary run fits there.
 
         Args:
-            is_safe: nobody can hold tensors that this would leave behind on the host.
+            is_safe: returns whether nobody can hold tensors that this would leave behind on the host.
 
         Raises:
             OutOfDeviceMemory: the device has less room than it said; the session is closed, all is on the host.

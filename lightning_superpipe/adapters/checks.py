@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from humanize import naturalsize
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_superpipe.errors import SuperpipeWarning, UnsupportedError
 from lightning_superpipe.session import Session
 
-__all__ = ["refuse_foreign", "remarks", "runs_undisturbed", "turns_undisturbed"]
+__all__ = ["holds_copies", "refuse_foreign", "remarks", "runs_undisturbed", "turns_undisturbed"]
 
 _NAMESPACES = ("lightning", "pytorch_lightning")
 _OURS = __name__.partition(".")[0]
@@ -24,6 +26,7 @@ _REFUSED_PRECISIONS = {
     "FSDPPrecision": "it drives FSDP's shards",
     "XLAPrecision": "it drives XLA's graphs",
 }
+_REGISTERED = frozenset(("_parameters", "_buffers", "_modules"))
 _HOOK_PREFIX = "on_"
 _HOOKS = frozenset(("backward", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step"))
 _HOOKS |= {"configure_gradient_clipping", "manual_backward"}
@@ -84,6 +87,17 @@ def runs_undisturbed(module: Any) -> bool:
         return False
     # An optimizer may run the closure again at a point of its own (SAM).
     return all(_is_framework(type(optimizer)) for optimizer in module.trainer.optimizers)
+
+
+def holds_copies(module: nn.Module) -> bool:
+    """Whether a module or a part of it holds, beside what it registers, host tensors of the shape of a parameter.
+
+    They may be copies of parameters, to compute with these.
+    """
+    shapes = {parameter.shape for parameter in module.parameters()}
+    own = [value for part in module.modules() for name, value in vars(part).items() if name not in _REGISTERED]
+    leaves = (leaf for leaf in tree_leaves(own) if isinstance(leaf, Tensor) and leaf.dim())
+    return any(leaf.device.type == "cpu" and leaf.shape in shapes for leaf in leaves)
 
 
 def turns_undisturbed(module: Any) -> bool:

@@ -24,7 +24,7 @@ def ordinary_steps(
     root: nn.Module,
     optimizers: Sequence[Optimizer],
     *,
-    is_safe: bool,
+    is_safe: Callable[[], bool],
     stream_again: Callable[[], Session],
     tell: Callable[[str], None],
 ) -> OrdinarySteps | None:

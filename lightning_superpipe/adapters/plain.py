@@ -36,7 +36,8 @@ class Pipe:
     """A model that streams while somebody's loop calls it; made by :func:`attach`.
 
     Each call of the model is a step, and so is each call of its ``generate``. Parameters, gradients and optimizer
-    states are on the host all the time; inputs belong on :attr:`device`, where outputs are.
+    states are on the host all the time, or up to the step before which the run steps aside, where ``step_aside=True``
+    allows that; inputs belong on :attr:`device`, where outputs are.
 
     Attributes:
         model: the module that was given.

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.adapters.checkpoint import own_memory
-from lightning_superpipe.adapters.checks import refuse_foreign, remarks, runs_undisturbed, turns_undisturbed
+from lightning_superpipe.adapters.checks import (
+    holds_copies,
+    refuse_foreign,
+    remarks,
+    runs_undisturbed,
+    turns_undisturbed,
+)
 from lightning_superpipe.adapters.devices import HOST, OneDeviceMixin
 from lightning_superpipe.adapters.gradient_readers import gradient_readers, refuse_in_backward
 from lightning_superpipe.adapters.materialize import materialize
@@ -38,7 +44,8 @@ class SuperpipeMixin(OneDeviceMixin):
     """A single-device strategy that streams the module.
 
     Everything of the trainer's stays: the module's parameters, gradients and optimizer states are ordinary tensors on
-    the host, so checkpoints, clipping, schedulers, callbacks and loggers need no support here.
+    the host (or on the device, once the run has stepped aside), so checkpoints, clipping, schedulers, callbacks and
+    loggers need no support here.
 
     Args:
         config: all options at once; or give them one by one as ``options``.
@@ -172,7 +179,7 @@ class SuperpipeMixin(OneDeviceMixin):
             session,
             module,
             self.optimizers,
-            is_safe=runs_undisturbed(module),
+            is_safe=lambda: runs_undisturbed(module) and not holds_copies(module),
             stream_again=self._stream_again,
             tell=self._say,
         )

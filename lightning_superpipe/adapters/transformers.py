@@ -17,6 +17,7 @@ from transformers import Trainer, trainer_utils
 
 from lightning_superpipe.adapters.accelerate import SuperpipeAccelerator, config_of, enable
 from lightning_superpipe.adapters.checkpoint import own_memory, reading_pages
+from lightning_superpipe.adapters.checks import holds_copies
 from lightning_superpipe.adapters.disk import Advice
 from lightning_superpipe.adapters.drafts import Shelter
 from lightning_superpipe.adapters.ordinary import OrdinarySteps, ordinary_steps
@@ -118,9 +119,13 @@ class SuperpipeTrainerMixin(_Base):  # type: ignore[misc]  # stands before a Tra
             self._ordinary = None
             return accelerator.stream_again(model)
 
-        is_safe = _runs_undisturbed(self)
         self._ordinary = ordinary_steps(
-            session, model, [self.optimizer], is_safe=is_safe, stream_again=stream_again, tell=_log.info
+            session,
+            model,
+            [self.optimizer],
+            is_safe=lambda: _runs_undisturbed(self) and not holds_copies(model),
+            stream_again=stream_again,
+            tell=_log.info,
         )
 
     def superpipe_report(self) -> Report:

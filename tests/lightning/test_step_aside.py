@@ -137,6 +137,20 @@ def test_code_of_the_users_keeps_the_run_streaming_and_that_is_said(said: list[s
     assert again.report().num_steps == STEP
 
 
+def test_a_module_that_holds_copies_of_its_weights_keeps_streaming() -> None:
+    class Anchored(ProbeModule):
+        """Is drawn back to what its first block was in the beginning."""
+
+        def loss(self, x: Tensor) -> Tensor:
+            if not hasattr(self, "first"):
+                self.first = {"up": self.block(0).up.weight.detach().clone()}
+            return super().loss(x) + (self.block(0).up.weight - self.first["up"].to(x.device)).pow(2).mean()
+
+    strategy, case = strategy_for("cpu"), case_of(Anchored)
+    assert_equal(run_case(case, "cpu"), run_case(case, "cpu", strategy))
+    assert strategy.report().num_steps == NUM_STEPS
+
+
 @pytest.mark.parametrize(
     "options",
     [
