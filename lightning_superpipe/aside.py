@@ -63,7 +63,7 @@ def move_as_it_fits(root: nn.Module, optimizers: Sequence[Optimizer], device: to
     """Move all that the ordinary run holds to the device.
 
     Raises:
-        OutOfDeviceMemory: it has less room than it said; all is on the host.
+        OutOfDeviceMemory: there is less room than was known; all is on the host.
     """
     let_go_of_memory(device)
     try:

@@ -329,7 +329,7 @@ class Session:
             is_safe: returns whether nobody can hold tensors that this would leave behind on the host.
 
         Raises:
-            OutOfDeviceMemory: the device has less room than it said; the session is closed, all is on the host.
+            OutOfDeviceMemory: there is less room than was known; the session is closed, all is on the host.
         """
         need = self._aside.due(self._num_steps, is_safe=is_safe) if self.is_open else None
         if need is None:

@@ -287,7 +287,7 @@ class SuperpipeMixin(OneDeviceMixin):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         self._fused.give_back()
-        with self._at_home():
+        with self._at_home() if self._ordinary is None else nullcontext():
             super().load_optimizer_state_dict(checkpoint)
         own_memory(self.optimizers)
         self._choose_fused()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -195,6 +196,23 @@ def test_a_checkpoint_of_such_a_run_loads_anywhere(tmp_path: Path) -> None:
     assert_equal(wanted, rest(aside, None))
     assert_equal(wanted, rest(ordinary, strategy_for("cpu")))
     assert_equal(wanted, rest(aside, strategy_for("cpu", step_aside=False)))
+
+
+class Reloading(L.Callback):
+    """Loads states in mid-run, as searches for learning rates do."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+        if trainer.current_epoch == 3:
+            states = [optimizer.state_dict() for optimizer in trainer.optimizers]
+            trainer.strategy.load_optimizer_state_dict({"optimizer_states": copy.deepcopy(states)})
+
+
+@pytest.mark.emu
+def test_states_that_are_loaded_afterwards_go_where_the_parameters_are() -> None:
+    case = case_of(ProbeModule, callbacks=lambda _: [Reloading()])
+    strategy = strategy_for("emu", step_aside=True)
+    assert_equal(run_case(case, "emu"), run_case(case, "emu", strategy))
+    assert strategy.report().num_steps == STEP
 
 
 class Judged(ProbeModule):
