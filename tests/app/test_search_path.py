@@ -12,6 +12,7 @@ import pytest
 
 from tests.processes import run_code
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "lightning_superpipe" / "app" / "hydra_plugins"
 
