@@ -7,6 +7,7 @@ program then runs and ends as any does. A test about imports, or about a bare st
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import multiprocessing
@@ -71,7 +72,9 @@ def _server() -> subprocess.Popen[str]:
     """The process that others are forked from; it ends when its input does."""
     command = [sys.executable, "-c", SERVER, *IMPORTED]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)
+    return server
 
 
 # A forked child leaves the loop and goes on to the end of this program, so that its interpreter ends as any does.
