@@ -37,10 +37,11 @@ demo: $(STAMP) ## train the main job: a byte-level GPT on a device far too small
 # built once, before the workers would all try to; where there is no C++ compiler its tests are skipped, but a CI that
 # cannot build it has tested half, and fails. (`_exit`: autograd's thread for the device has just started, and aborts a
 # process that ends before it is up.) No test collected is a failure too: pytest then exits with 5.
+# A worker steals neighbours from another: tests of one file share what is made once for a file and process.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests (PYTEST_ARGS="-k plan -x" chooses)
 	$(RUN) -c 'import os, tests.emu; tests.emu.load(); os._exit(0)' || test -z "$$CI"
-	$(RUN) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(RUN) -m ruff check .

@@ -17,6 +17,7 @@ import pytest
 from lightning_superpipe.demo import __main__ as demo
 from lightning_superpipe.observe import Recording
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--steps", "3", "--layers", "3", "--width", "64", "--context", "32", "--batch-size", "2"]
 PICTURES = ("memory.svg", "memory-dark.svg", "timeline.svg", "timeline-dark.svg")

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.processes import run_code, run_module
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     ROOT / name for name in ("README.md", "CONTRIBUTING.md", "experiments/README.md", "experiments/gpu_proof/README.md")
@@ -43,6 +45,16 @@ BLOCKS = [
     Block(README.count("\n", 0, found.start(2)) + 1, found[2], found[1] is not None, found[3])
     for found in BLOCK.finditer(README)
 ]
+FIRST = next(block for block in BLOCKS if block.runs)
+
+
+def run_fresh(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run code as a reader does, who has imported nothing yet."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
+    )
 
 
 def test_the_readme_has_blocks_to_run() -> None:
@@ -54,11 +66,7 @@ def test_the_readme_has_blocks_to_run() -> None:
 @pytest.mark.timeout(SECONDS + 30)
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.runs], ids=lambda block: f"line{block.line}")
 def test_a_python_block_runs_and_prints_what_it_says(block: Block, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", block.code]
-    ran = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
-    )
+    ran = run_fresh(block.code, tmp_path) if block == FIRST else run_code(block.code, folder=tmp_path, seconds=SECONDS)
     assert ran.returncode == 0, ran.stderr[-4000:]
     if block.output is not None:
         assert ran.stdout == block.output
@@ -68,16 +76,13 @@ def test_a_python_block_runs_and_prints_what_it_says(block: Block, tmp_path: Pat
 @pytest.mark.timeout(2 * SECONDS)
 @pytest.mark.parametrize(("file", "commands"), COMMANDS.findall(README), ids=["modes", "own data", "before", "sweep"])
 def test_a_block_of_commands_runs(file: str, commands: str, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if file:
         (tmp_path / file).write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     for line in commands.splitlines():
         program, mode, *words = shlex.split(line, comments=True)
         assert program == "superpipe"
-        command = [sys.executable, "-m", "lightning_superpipe", mode, *words, *SHORT.get(mode, ["debug=tiny"])]
-        ran = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
-        )
+        words = [mode, *words, *SHORT.get(mode, ["debug=tiny"])]
+        ran = run_module("lightning_superpipe", *words, folder=tmp_path, seconds=SECONDS)
         assert ran.returncode == 0, f"{line}\n{ran.stdout[-2000:]}\n{ran.stderr[-4000:]}"
 
 

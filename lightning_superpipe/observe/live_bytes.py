@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import (
 
 __all__ = ["LiveBytes"]
 
+_HOLDS_NONE = (int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, counts storages created by operations on some type of device, until each of them dies.
@@ -189,15 +191,22 @@ def _pop() -> None:
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
     """Yield the storages in nested arguments or results, those inside wrapper subclasses included."""
-    for value in pytree.tree_leaves(values):
-        if isinstance(value, torch.UntypedStorage):
-            yield value
-        elif is_traceable_wrapper_subclass(value):
+    waiting = [values]
+    while waiting:
+        value = waiting.pop()
+        if is_traceable_wrapper_subclass(value):
             names, _ = value.__tensor_flatten__()
-            yield from _storages([getattr(value, name) for name in names])
-        elif isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            with contextlib.suppress(NotImplementedError):  # inside torch.func a wrapper has none
-                yield value.untyped_storage()
+            waiting += [getattr(value, name) for name in names]
+        elif isinstance(value, torch.Tensor):
+            if value.layout is torch.strided:
+                with contextlib.suppress(NotImplementedError):  # inside torch.func a wrapper has none
+                    yield value.untyped_storage()
+        elif isinstance(value, torch.UntypedStorage):
+            yield value
+        elif type(value) in (tuple, list):  # what operators take and give; the walk over trees takes twice as long
+            waiting += value
+        elif not isinstance(value, _HOLDS_NONE) and not pytree.tree_is_leaf(value):
+            waiting += pytree.tree_leaves(value)
 
 
 def _key(storage: torch.UntypedStorage) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_superpipe.config import Disk
 from lightning_superpipe.tiers import Folder
-
-HOLD = "from lightning_superpipe.tiers import Folder; from lightning_superpipe.config import Disk; import sys; "
-HOLD += "folder = Folder(Disk()); print(folder.path, flush=True); sys.stdin.read()"
+from tests.processes import CONTEXT
 
 
 @pytest.fixture
@@ -24,17 +22,27 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def held() -> tuple[subprocess.Popen[str], Path]:
+def hold(temporary: Path, wire: Connection) -> None:
+    """Make a folder, tell where, and hold it until told to end."""
+    tempfile.tempdir = str(temporary)
+    folder = Folder(Disk())
+    wire.send(folder.path)
+    wire.recv()
+
+
+def held(temporary: Path) -> tuple[Any, Connection, Path]:
     """A process that has a folder of its own."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD], stdin=-1, stdout=-1, text=True)
-    assert process.stdout is not None
-    return process, Path(process.stdout.readline().strip())
+    mine, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=hold, args=(temporary, theirs))
+    process.start()
+    theirs.close()
+    return process, mine, mine.recv()
 
 
 def test_folder_of_a_killed_run_is_cleared_away_at_the_next_start(temporary: Path) -> None:
-    process, left = held()
+    process, _, left = held(temporary)
     process.kill()
-    process.communicate()
+    process.join()
     assert [path.name for path in left.iterdir()] == ["lock"]
     folder = Folder(Disk())
     assert [path for path in temporary.iterdir() if path.name.startswith("superpipe-")] == [folder.path]
@@ -43,11 +51,12 @@ def test_folder_of_a_killed_run_is_cleared_away_at_the_next_start(temporary: Pat
 
 
 def test_folder_of_a_run_that_is_alive_stays(temporary: Path) -> None:
-    process, path = held()
+    process, wire, path = held(temporary)
     Folder(Disk()).close()
     assert (path / "lock").exists()
-    process.communicate("")
-    assert process.returncode == 0
+    wire.send("end")
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_folder_that_holds_anything_else_stays(temporary: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -16,10 +15,9 @@ import torch
 from lightning_superpipe import attach, open_kept
 from lightning_superpipe.errors import UnsupportedError
 from tests.disk.loops import Left, left, make, step
+from tests.processes import CONTEXT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CONTEXT = multiprocessing.get_context("forkserver")  # a copy of a process with threads may hang
-CONTEXT.set_forkserver_preload([__name__])
 NUM_KILLS, NUM_STEPS, MAX_WAIT_S = 20, 5000, 0.4
 
 

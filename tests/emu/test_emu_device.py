@@ -6,8 +6,6 @@ import copy
 import ctypes
 import io
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch.nn import functional as F
 
 from tests.emu import EmuUnavailable, capacity, peak_bytes, pinned_bytes, reset_peak, set_capacity, used_bytes
 from tests.emu import device as loader
+from tests.processes import run_code
 
 pytestmark = pytest.mark.emu
 
@@ -301,6 +300,5 @@ class TestLoading:
             "try: emu.load()\n"
             "except emu.EmuUnavailable as reason: print(reason)\n"
         )
-        root = Path(__file__).parents[2]
-        done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=240)
+        done = run_code(code, folder=Path(__file__).parents[2])
         assert "a backward pass ran in this process before the device was loaded" in done.stdout, done.stderr

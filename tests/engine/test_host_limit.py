@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_code
 
 STORY = """
 import resource, sys, warnings
@@ -44,15 +41,9 @@ print("usable")
 """
 
 
-def story(spare_mib: int) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", STORY, str(spare_mib)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
 @pytest.mark.parametrize("spare_mib", [2, 40])  # less than a slot; room for the slots, and for no unit beside them
-def test_a_host_without_room_is_refused_and_the_model_is_as_it_was(spare_mib: int) -> None:
-    told = story(spare_mib)
+def test_a_host_without_room_is_refused_and_the_model_is_as_it_was(spare_mib: int, tmp_path: Path) -> None:
+    ran = run_code(STORY, str(spare_mib), folder=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    told = ran.stdout
     assert told.startswith("BudgetError") and " has no room for " in told and told.endswith("usable\n")

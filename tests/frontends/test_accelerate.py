@@ -191,6 +191,7 @@ accelerator.print("loads", accelerator.report().num_loads)
 """
 
 
+@pytest.mark.slow
 def test_launcher_with_one_process(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT, encoding="utf-8")

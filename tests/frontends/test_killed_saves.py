@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -22,11 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lightning_superpipe import SuperpipeAccelerator, SuperpipeTrainer
 from tests.frontends.story import Story, make_model, texts
+from tests.processes import CONTEXT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-# Not "fork": a copy of a process with threads, and this one has many, may hang.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
 WIDTH = 384
 NUM_STEPS = 300  # more than are made before the kill
 DATA: Any = [{"input_ids": ids, "labels": ids} for ids in texts(Story(num_steps=NUM_STEPS))]

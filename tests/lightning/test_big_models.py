@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import signal
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning_superpipe import FabricSuperpipeStrategy, SuperpipeStrategy, atta
 from lightning_superpipe.adapters.fabric import SuperpipeCheckpointIO
 from lightning_superpipe.adapters.materialize import materialize
 from lightning_superpipe.errors import UnsupportedError
+from tests.processes import CONTEXT
 
 GPT2 = GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0)
 LLAMA = LlamaConfig(
@@ -194,10 +194,8 @@ def save_for_ever(path: Path, began: Any) -> None:
 
 @pytest.mark.parametrize("wait_ms", [0, 2, 5, 9, 14, 20])
 def test_a_save_that_is_killed_leaves_the_checkpoint_before_it_whole(wait_ms: int, tmp_path: Path) -> None:
-    context, path = multiprocessing.get_context("forkserver"), tmp_path / "last.ckpt"  # "fork" would copy our threads
-    context.set_forkserver_preload([__name__])
-    began = context.Event()
-    saving = context.Process(target=save_for_ever, args=(path, began))
+    path, began = tmp_path / "last.ckpt", CONTEXT.Event()
+    saving = CONTEXT.Process(target=save_for_ever, args=(path, began))
     saving.start()
     assert began.wait(60)
     time.sleep(wait_ms / 1e3)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lightning_superpipe.adapters.lightning import SuperpipeCheckpointIO
 from lightning_superpipe.errors import SuperpipeError
 from tests.lightning.stories import WINDOW, Bench, Originals
 from tests.parity.probe import ProbeModule
+from tests.processes import run_code
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -193,9 +192,7 @@ for num_elements in (10**6, 60_000, 50_000, 49_500):  # it ends in the first ten
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", DISK_FULL, str(tmp_path / "a.ckpt")], capture_output=True, text=True, timeout=240
-    )
+    ran = run_code(DISK_FULL, str(tmp_path / "a.ckpt"), folder=tmp_path)
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert len(lines) >= 3

@@ -221,6 +221,7 @@ class Small(L.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_loads_the_module(tmp_path: Path) -> None:
     module = Small(8)
     run = Bench("cpu", WINDOW).trainer(max_epochs=1)

@@ -134,6 +134,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_pytorch_lightning_trains_equally(way: str, tmp_path: Path) -> None:
     code = OTHER_NAMESPACE.format(imports=WAYS[way])

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.observe import CopyRate, MachineProfile, Route, UpdateRate, measure_machine
 from lightning_superpipe.observe.measure import measure_copies, measure_updates
 from lightning_superpipe.observe.rates import ComputeRate, DiskRoute, MemoryRate, Work
+from tests.processes import run_code
 
 CPU = torch.device("cpu")
 PROFILE = MachineProfile(
@@ -156,7 +155,7 @@ def test_speeds_come_from_pinned_copies_and_from_pageable_ones_where_there_are_n
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU memory can be page-locked")
-def test_this_machine_says_why_it_has_no_page_locked_memory() -> None:
+def test_this_machine_says_why_it_has_no_page_locked_memory(tmp_path: Path) -> None:
     code = (  # in a process of its own: the emulated device of other tests page-locks memory
         "import torch; from lightning_superpipe.observe import measure_machine\n"
         "cpu = torch.device('cpu')\n"
@@ -165,7 +164,7 @@ def test_this_machine_says_why_it_has_no_page_locked_memory() -> None:
         "assert made.speeds() == made.speeds(pinned=False)\n"
         "print(made.why_not_pinned)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    ran = run_code(code, folder=tmp_path)
     assert ran.returncode == 0, ran.stderr
     assert "pin_memory" in ran.stdout
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +18,7 @@ from lightning_superpipe.tiers import disk as disk_module
 from lightning_superpipe.tiers.direct_file import BLOCK, DirectFile
 from lightning_superpipe.tiers.disk import DiskSlab
 from lightning_superpipe.tiers.host import HostSlab
+from tests.processes import run_code
 
 NUM_BYTES = 9 * (1 << 20) + 100  # three requests, the last one short
 
@@ -163,7 +162,7 @@ def test_second_run_is_refused_while_the_first_uses_the_folder(tmp_path: Path) -
     folder = Folder(options)
     code = "from lightning_superpipe.tiers import Folder; from lightning_superpipe.config import Disk; "
     code += f"Folder({options!r})"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    ran = run_code(code, folder=tmp_path)
     assert ran.returncode and "UnsupportedError" in ran.stderr
     assert f"in use by another run (process {os.getpid()})" in ran.stderr
     with pytest.raises(UnsupportedError, match="in use"):
