@@ -133,7 +133,7 @@ class Profiler:
     def _begin_counting(self) -> None:
         """Count bytes of the step that begins."""
         probes, meter = self._engine.probes, self._meter
-        probes.census = Census(self._engine.slots, self._engine.staying(), meter.counts)
+        probes.census = Census(self._engine.slots, self._engine.staying(), meter.counts, meter.note_saved)
         meter.trail, meter.step_peak = [], PeakBytes()
 
     def end_counting(self) -> None:
@@ -272,6 +272,7 @@ class Profiler:
             offload_bytes=held.travels,
             forward_bytes=transients.forward[index],
             backward_bytes=transients.backward[index],
+            unfreed_backward_bytes=transients.unfreed[index],
             policies=self._engine.activations.possible(index),
             splits=self._engine.activations.splits(index),
         )

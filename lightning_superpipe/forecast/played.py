@@ -118,7 +118,7 @@ def play(
         _run(copied, values, step or _default_step(copied), precision)
     optimizers, remarks = _optimizers(module, optimizer)
     masters = config.master_weights is not None
-    host = host_need(module, optimizers, need, wire, with_masters=masters)
+    host = host_need(module, optimizers, config, need, wire)
     if not all(isinstance(each, Optimizer) and missing_state_bytes(each, with_masters=masters) for each in optimizers):
         remarks += ("an optimizer of a class that is not known here counts no states",)
     specs = {unit.name: unit for unit in found.units}

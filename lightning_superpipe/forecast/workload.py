@@ -88,6 +88,7 @@ def _unit_work(
         offload_bytes=min(held, tape.saved_bytes),
         forward_bytes=max(0, tape.forward.peak_bytes - tape.begin_bytes),
         backward_bytes=max(0, tape.backward.peak_bytes - tape.end_bytes),
+        unfreed_backward_bytes=max(0, tape.backward.unfreed_bytes - tape.end_bytes),
         policies=unit.policies,
         splits=unit.splits,
     )

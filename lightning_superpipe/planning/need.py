@@ -14,6 +14,7 @@ __all__ = [
     "host_use",
     "num_slots",
     "saved_bytes",
+    "unfreed_backward_peak_bytes",
 ]
 
 GRADIENT_UNITS = 2
@@ -57,6 +58,18 @@ def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
     parts = micro_batches if unit.splits else 1
     took = unit.activation_bytes - unit.input_bytes + unit.backward_bytes
     return took if parts == 1 else took // parts + unit.gradient_bytes + unit.input_bytes
+
+
+def unfreed_backward_peak_bytes(unit: UnitWork, share: float) -> int:
+    """Return the most that a backward takes while nothing of what its forward saved is let go.
+
+    Args:
+        share: of the backward, for which that is so; what it takes is thought to grow evenly.
+
+    >>> unfreed_backward_peak_bytes(UnitWork("h", 10, backward_bytes=4, unfreed_backward_bytes=12), 0.75)
+    9
+    """
+    return max(unit.backward_bytes, round(share * unit.unfreed_backward_bytes))
 
 
 def device_need(workload: Workload, setting: Setting) -> PeakBytes:

@@ -106,6 +106,8 @@ class UnitWork:
         offload_bytes: of ``activation_bytes``, what offloading moves to the host and back.
         forward_bytes: most that its forward takes beside all that is held, its outputs included.
         backward_bytes: most that its backward takes beside all that is held: its own gradients count, others' do not.
+        unfreed_backward_bytes: as ``backward_bytes``, if nothing that its forward saved is let go meanwhile; less where
+            nobody has measured it.
         policies: what may become of its activations.
         splits: whether its batch may be split into micro-batches.
         disk_read_bytes: read from a disk before each load.
@@ -126,6 +128,7 @@ class UnitWork:
     offload_bytes: int = 0
     forward_bytes: int = 0
     backward_bytes: int = 0
+    unfreed_backward_bytes: int = 0
     policies: tuple[str, ...] = ("keep", "recompute", "offload")
     splits: bool = True
     disk_read_bytes: int = 0
