@@ -13,11 +13,11 @@ from lightning_superpipe.host_memory import training_bytes
 from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.report import PeakBytes, Report, StepCounters
 from lightning_superpipe.optimizer import UpdateStage
-from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.budget import KeptBytes, MemoryNeed
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.tiers import DiskTraffic
 
-__all__ = ["counters_of", "make_report", "static_bytes"]
+__all__ = ["counters_of", "kept_bytes", "make_report", "static_bytes"]
 
 
 def counters_of(engine: Engine, traffic: DiskTraffic) -> StepCounters:
@@ -39,6 +39,14 @@ def static_bytes(engine: Engine, updates: UpdateStage | None, need: MemoryNeed) 
     anchors = engine.anchors.num_bytes if engine.anchors.have_copies else need.anchor_bytes
     scratch = 0 if updates is None or updates.device is None else updates.device.held_bytes
     return engine.slots.num_bytes, anchors + scratch
+
+
+def kept_bytes(engine: Engine, updates: UpdateStage | None, need: MemoryNeed) -> KeptBytes:
+    """Return the device bytes of anchors, and those that updates on the device take, whether there were some or not."""
+    anchors = static_bytes(engine, None, need)[1]
+    if updates is None or updates.device is None:
+        return KeptBytes(anchors)
+    return KeptBytes(anchors, updates.device.kept_bytes, updates.device.kernel_bytes)
 
 
 def make_report(

@@ -33,4 +33,5 @@ def asked_of(
         resident=None if opens_resident else setting.resident,
         activations=tuple(policies),
         update=setting.update,
+        update_on_device=setting.update_on_device,
     )

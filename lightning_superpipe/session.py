@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.accounts import counters_of, make_report, static_bytes
+from lightning_superpipe.accounts import counters_of, kept_bytes, make_report, static_bytes
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.device_memory import device_limit
 from lightning_superpipe.engine.backend import is_separate
@@ -139,7 +139,7 @@ class Session:
             need=self._need,
             limit=limit,
             optimizers=lambda: self._optimizers,
-            anchor_bytes=lambda: self._static_bytes()[1],
+            kept_bytes=lambda: kept_bytes(self._engine, self._updates, self._need),
             host_limit=lambda: host_limit(self.config, self._held()),
             machine=self._machine,
             tell=tell,
@@ -385,4 +385,5 @@ def _first_setting(config: SuperpipeConfig, need: MemoryNeed, budget: int | None
     k_prime = 1 if config.k_prime == "auto" else config.k_prime
     k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
     resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
-    return Setting(k, min(k_prime, k), resident)
+    share = 0.0 if config.update_on_device == "auto" else float(config.update_on_device)
+    return Setting(k, min(k_prime, k), resident, update_on_device=share)

@@ -27,6 +27,7 @@ from lightning_superpipe.planning.need import (
     forward_peak_bytes,
     gradient_limit_bytes,
     host_use,
+    recompute_peak_bytes,
     saved_bytes,
     unfreed_backward_peak_bytes,
 )
@@ -34,7 +35,7 @@ from lightning_superpipe.planning.offloads import Offloads
 from lightning_superpipe.planning.order import forward_order, training_order
 from lightning_superpipe.planning.played import PlayedStep, are_repeated, mean_of
 from lightning_superpipe.planning.prediction import LaneSeconds, PeakBytes, Prediction
-from lightning_superpipe.planning.workload import Curve, Setting, Speeds, Workload, updated_on_device
+from lightning_superpipe.planning.workload import Curve, Setting, Speeds, Workload, updated_there
 
 __all__ = ["simulate"]
 
@@ -86,8 +87,8 @@ class _Run:
         self.num_slots = self.k + min(setting.resident, n - self.k)
         self.policies = [setting.policy(index) for index in range(n)]
         self.link = Link(speeds)
-        there = updated_on_device(range(n), setting.update_on_device)
-        self.on_device = {index for index in there if self.units[index].update_on_device_s is not None}
+        self.on_device = updated_there(workload, setting)
+        self.anchor_bytes = workload.anchor_bytes + (workload.update_bytes if self.on_device else 0)
         self.device, self.under_way = DeviceUpdates(self.link, self._count_update), dict[int, DeviceUpdate]()
         self.in_slots: frozenset[int] = frozenset()
         self.limit_bytes = gradient_limit_bytes(workload)
@@ -280,7 +281,7 @@ class _Run:
         if (returning := self.offloads.arrival(index)) is not None:
             self._wait(returning, index)
         if self.policies[index] == "recompute":
-            self._note_backward_peak(index, forward_peak_bytes(unit, "recompute", self.setting.micro_batches), 0)
+            self._note_backward_peak(index, recompute_peak_bytes(unit, self.setting.micro_batches), 0)
             self._compute(unit.forward_s)
         took = backward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
         own = min(took, unit.gradient_bytes)
@@ -378,5 +379,5 @@ class _Run:
         activations += self.held_bytes - self.offloads.away_bytes
         if activations + gradients > self.peak.gradients + self.peak.activations or not self.peak_at:
             slots = self.num_slots * self.workload.slot_bytes
-            self.peak = PeakBytes(slots, self.workload.anchor_bytes, gradients, activations)
+            self.peak = PeakBytes(slots, self.anchor_bytes, gradients, activations)
             self.peak_at = "turn" if op is None else str(Action(op, index))
