@@ -166,6 +166,15 @@ def test_auto_waits_for_an_update_where_gradients_accumulate(accumulate: int, mo
     assert candidate.report is not None and candidate.report.num_on_device == 2
 
 
+def test_a_choice_of_the_window_keeps_the_share() -> None:
+    case, plan = chain_case(num_batches=9), Plan("adamw", clip=0.05)
+    options: dict[str, Any] = {"k": "auto", "resident": "auto", "link": Link(h2d_gb_s=1.0, d2h_gb_s=1.0)}
+    candidate = streamed(case, plan=plan, update_on_device=0.5, device_memory="1GiB", **options)
+    assert_same(candidate, streamed(case, plan=plan, update="at_once", adversary=None))
+    assert candidate.report is not None and candidate.report.num_on_device == 2
+    assert "50% of the units on the device" in candidate.report.plan
+
+
 # -- what cannot be
 
 

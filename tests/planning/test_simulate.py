@@ -215,6 +215,17 @@ def test_no_step_is_faster_than_its_bounds(problem, is_duplex):
 
 
 @thorough
+@given(problems(), st.sampled_from([0.3, 0.6, 1.0]), st.booleans())
+def test_bounds_hold_where_units_are_updated_on_the_device(problem, share, is_undisturbed):
+    workload, setting = problem
+    setting = replace(setting, update="after_backward", update_on_device=share)
+    units = tuple(replace(unit, update_on_device_s=0.5 if unit.gradient_bytes else None) for unit in workload.units)
+    workload, speeds = replace(workload, units=units, undisturbed=is_undisturbed), machine(2.0, 1.0)
+    step = simulate(workload, speeds, setting)
+    assert step.step_s >= StepBounds(workload, speeds).seconds(setting) - 1e-9
+
+
+@thorough
 @given(problems(), st.integers(2, 8))
 def test_a_faster_link_never_makes_a_step_longer(problem, factor):
     workload, setting = problem
