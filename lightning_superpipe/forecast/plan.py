@@ -213,6 +213,8 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
         )
     if profile.use_s == 0.0:
         remarks += ("the engine itself takes no time, and operations start at once",)
+    if config.update_on_device == "auto":
+        remarks += ("no unit is updated on the device: update_on_device='auto' is decided in the run",)
     speeds = profile.speeds(pinned=config.pin_memory is not False)
     limits, asked = _limits(profile, config), _asked(profile, played, config)
     on_machine = workload_on(profile, played, host)

@@ -210,3 +210,7 @@ def test_a_share_of_updates_on_the_device_counts_in_every_window(small_machine: 
 def test_an_optimizer_that_cannot_be_split_updates_nothing_on_the_device(small_machine: MachineProfile) -> None:
     with pytest.raises(UnsupportedError, match=r"update_on_device=0\.5 cannot be used with LBFGS"):
         forecast(small_machine, update_on_device=0.5, optimizer=torch.optim.LBFGS)
+
+
+def test_a_share_that_the_run_will_choose_is_said(small_machine: MachineProfile) -> None:
+    assert "update_on_device='auto' is decided in the run" in str(forecast(small_machine, update_on_device="auto"))
