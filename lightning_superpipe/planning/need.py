@@ -93,7 +93,7 @@ def device_need(workload: Workload, setting: Setting) -> PeakBytes:
     >>> device_need(Workload((unit,) * 4, anchor_bytes=3), Setting(k=2))
     PeakBytes(slots=20, anchors=3, gradients=20, activations=10)
     >>> device_need(Workload((unit,) * 4), Setting(k=2, activations=("recompute",) * 4)).activations
-    8
+    7
     """
     units, micro_batches, limit = workload.units, setting.micro_batches, gradient_limit_bytes(workload)
     held, worst, above = 0, (0, 0), sum(unit.gradient_bytes for unit in units[workload.lowest :])
