@@ -67,8 +67,12 @@ def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
 
 
 def recompute_peak_bytes(unit: UnitWork, micro_batches: int) -> int:
-    """Return the most that a forward takes beside what is held when it is computed again: its inputs are held."""
-    return (unit.forward_bytes - unit.input_bytes) // (micro_batches if unit.splits else 1)
+    """Return the most that a forward takes beside what is held when it is computed again.
+
+    Its inputs are held, but gradients of its outputs are there; they are taken to be as large. What comes behind the
+    last tensor that is saved is not computed again, so where a forward's peak is at its end this is too much by that.
+    """
+    return (unit.forward_bytes - unit.input_bytes) // (micro_batches if unit.splits else 1) + unit.input_bytes
 
 
 def unfreed_backward_peak_bytes(unit: UnitWork, share: float) -> int:
@@ -93,7 +97,7 @@ def device_need(workload: Workload, setting: Setting) -> PeakBytes:
     >>> device_need(Workload((unit,) * 4, anchor_bytes=3), Setting(k=2))
     PeakBytes(slots=20, anchors=3, gradients=20, activations=10)
     >>> device_need(Workload((unit,) * 4), Setting(k=2, activations=("recompute",) * 4)).activations
-    7
+    8
     """
     units, micro_batches, limit = workload.units, setting.micro_batches, gradient_limit_bytes(workload)
     held, worst, above = 0, (0, 0), sum(unit.gradient_bytes for unit in units[workload.lowest :])
