@@ -26,6 +26,7 @@ from tests.recipes.test_recipes import RECIPES
 # Device and host share their memory here: a copy is over before the next unit computes.
 AT_ONCE = Speeds(h2d=Curve.steady(1e15), d2h=Curve.steady(1e15), use_s=1e-6)
 SHARE = 0.03
+RECOMPUTED_SHARE = 0.05  # what is held in between is told from a step that keeps
 REPEATS = 8  # of a recipe's tiny batch: with it a unit's weights are smaller than its activations, as in real ones
 
 
@@ -71,7 +72,7 @@ def test_peak_bytes_where_all_recompute(name: str, tmp_path: Path, small_machine
     played = play(module, batch, SuperpipeConfig(k=2))
     setting = Setting(k=2, activations=("recompute",) * len(played.units), update="in_backward")
     found = simulate(workload_on(small_machine, played), AT_ONCE, setting)
-    assert found.peak.total == pytest.approx(run(module, batch, 2, "recompute").peak.total, rel=SHARE)
+    assert found.peak.total == pytest.approx(run(module, batch, 2, "recompute").peak.total, rel=RECOMPUTED_SHARE)
 
 
 @pytest.mark.usefixtures("copies_at_once")
