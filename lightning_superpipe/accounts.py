@@ -14,11 +14,11 @@ from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.report import PeakBytes, Report, StepCounters
 from lightning_superpipe.observe.trace import Recording
 from lightning_superpipe.optimizer import UpdateStage
-from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.budget import KeptBytes, MemoryNeed
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.tiers import DiskTraffic
 
-__all__ = ["counters_of", "finish_recording", "make_report", "static_bytes"]
+__all__ = ["counters_of", "finish_recording", "kept_bytes", "make_report", "static_bytes"]
 
 
 def counters_of(engine: Engine, traffic: DiskTraffic) -> StepCounters:
@@ -58,6 +58,14 @@ def finish_recording(engine: Engine, setting: Setting, resident_bytes: int, budg
         resident_bytes=resident_bytes,
         budget_bytes=budget_bytes,
     )
+
+
+def kept_bytes(engine: Engine, updates: UpdateStage | None, need: MemoryNeed) -> KeptBytes:
+    """Return the device bytes of anchors, and those that updates on the device take, whether there were some or not."""
+    anchors = static_bytes(engine, None, need)[1]
+    if updates is None or updates.device is None:
+        return KeptBytes(anchors)
+    return KeptBytes(anchors, updates.device.kept_bytes, updates.device.kernel_bytes)
 
 
 def make_report(

@@ -32,17 +32,17 @@ _ADAMW_STATES = 2
 def host_need(
     root: nn.Module,
     optimizers: Sequence[Optimizer],
+    config: SuperpipeConfig,
     device_need: MemoryNeed,
     wire: Wire,
-    *,
-    with_masters: bool,
 ) -> HostNeed:
-    """What a training takes on the host; optimizers that are not known yet count nothing but their masters.
+    """What a training takes on the host without files; optimizers that are not known yet count nothing but masters.
 
     Args:
+        config: says whether parameters of 2 bytes get float32 masters.
         device_need: tells the sizes of units on the link, and whether anything is trained.
-        with_masters: parameters of 2 bytes get float32 masters.
     """
+    with_masters = config.master_weights is not None
     present = [parameter for parameter in root.parameters() if not nn.parameter.is_lazy(parameter)]
     weights = sum(tensor.nbytes for tensor in (*present, *root.buffers()))
     staging = NUM_BUFFERS * device_need.slot_bytes + device_need.gradient_bytes if wire.dtype is not None else 0
@@ -81,7 +81,7 @@ def require_host(
     Raises:
         BudgetError: it cannot.
     """
-    need = host_need(root, optimizers, device_need, wire, with_masters=config.master_weights is not None)
+    need = host_need(root, optimizers, config, device_need, wire)
     need = need_beside_files(config, need, unit_sizes(units), files)
     limit = config.host_memory if isinstance(config.host_memory, int) else None
     need.check(available=available_bytes(), limit=limit)
@@ -117,7 +117,7 @@ def files_for(
     """Choose what the options leave open about files; optimizers that are not known yet count as AdamW."""
     if not stored_kinds(config):
         return FileChoice()
-    need = host_need(root, optimizers, device_need, wire, with_masters=config.master_weights is not None)
+    need = host_need(root, optimizers, config, device_need, wire)
     if not optimizers:
         need = replace(need, states=_ADAMW_STATES * max(need.gradients, need.masters))
     return choose_for(config, need, unit_sizes(units), trains=device_need.trains)

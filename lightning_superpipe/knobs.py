@@ -35,6 +35,7 @@ def asked_of(
         resident=None if opens_resident else setting.resident,
         activations=tuple(policies),
         update=setting.update,
+        update_on_device=setting.update_on_device,
     )
 
 
@@ -55,7 +56,8 @@ def first_setting(config: SuperpipeConfig, need: MemoryNeed, budget: int | None)
     k_prime = 1 if config.k_prime == "auto" else config.k_prime
     k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
     resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
-    return Setting(k, min(k_prime, k), resident)
+    share = 0.0 if config.update_on_device == "auto" else float(config.update_on_device)
+    return Setting(k, min(k_prime, k), resident, update_on_device=share)
 
 
 def refuse_announced(config: SuperpipeConfig) -> None:

@@ -18,16 +18,19 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_superpipe.engine.activations import Policy
+from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.census import Census, Held
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.lanes import now
 from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.observe.kernels import with_kernels
 from lightning_superpipe.observe.machine import MachineProfile
 from lightning_superpipe.observe.meter import Boundary, Meter
 from lightning_superpipe.observe.report import PeakBytes
 from lightning_superpipe.observe.step_times import StepMark, UnitTimes, speeds_of, unit_times
 from lightning_superpipe.observe.trace import Span
 from lightning_superpipe.observe.unit_profile import TransientBytes, UnitProfile, transient_bytes
+from lightning_superpipe.planning.budget import KeptBytes
 from lightning_superpipe.planning.workload import Setting, UnitWork, Workload
 
 __all__ = ["Profiler"]
@@ -46,7 +49,7 @@ class Profiler:
 
     Args:
         optimizers: returns those of the run.
-        anchor_bytes: returns what has a permanent copy on the device.
+        kept_bytes: returns what stays on the device beside slots, or would stay.
         pinned: copies are from and to page-locked memory.
     """
 
@@ -57,11 +60,11 @@ class Profiler:
         *,
         trains: bool,
         optimizers: Callable[[], Sequence[Optimizer]],
-        anchor_bytes: Callable[[], int],
+        kept_bytes: Callable[[], KeptBytes],
         pinned: bool = True,
     ) -> None:
         self._engine, self._meter, self._trains, self._pinned = engine, meter, trains, pinned
-        self._optimizers, self._anchor_bytes = optimizers, anchor_bytes
+        self._optimizers, self._kept_bytes = optimizers, kept_bytes
         self._hooks: list[Any] = []
         self._trail: list[Boundary] = []
         self._held: list[Held] = []
@@ -133,7 +136,7 @@ class Profiler:
     def _begin_counting(self) -> None:
         """Count bytes of the step that begins."""
         probes, meter = self._engine.probes, self._meter
-        probes.census = Census(self._engine.slots, self._engine.staying(), meter.counts)
+        probes.census = Census(self._engine.slots, self._engine.staying(), meter.counts, meter.note_saved)
         meter.trail, meter.step_peak = [], PeakBytes()
 
     def end_counting(self) -> None:
@@ -231,16 +234,22 @@ class Profiler:
         if not times.update_s:
             units = _shared_update(units, times.whole_update_s)
         lowest = next((place for place, unit in enumerate(units) if unit.backward_s), len(units) - 1)
+        kept = self._kept_bytes()
         workload = Workload(
             units=tuple(units),
-            anchor_bytes=self._anchor_bytes(),
+            anchor_bytes=kept.anchors,
             turn_s=times.turn_s,
             turn_bytes=max(0, transients.turn),
             between_s=times.between_s + (times.whole_update_s if times.update_s else 0.0),
             trains=self._trains,
             lowest=lowest if self._trains else 0,
             updates=self._updates_per_step() or 1.0,
+            update_bytes=kept.updates,
+            kernel_bytes=kept.kernels,
         )
+        if share := setting.update_on_device:
+            is_host = not is_separate(self._engine.device)
+            workload = with_kernels(workload, machine, shares_memory=is_host, share=share)
         return UnitProfile(
             workload,
             speeds_of(self._spans, None if machine is None else machine.speeds(pinned=self._pinned)),
@@ -272,6 +281,7 @@ class Profiler:
             offload_bytes=held.travels,
             forward_bytes=transients.forward[index],
             backward_bytes=transients.backward[index],
+            unfreed_backward_bytes=transients.unfreed[index],
             policies=self._engine.activations.possible(index),
             splits=self._engine.activations.splits(index),
         )

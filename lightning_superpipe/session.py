@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.accounts import counters_of, finish_recording, make_report, static_bytes
+from lightning_superpipe.accounts import counters_of, finish_recording, kept_bytes, make_report, static_bytes
 from lightning_superpipe.aside import AsideRule, move_as_it_fits
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.device_memory import device_limit
@@ -145,7 +145,7 @@ class Session:
             need=self._need,
             limit=limit,
             optimizers=lambda: self._optimizers,
-            anchor_bytes=lambda: self._static_bytes()[1],
+            kept_bytes=lambda: kept_bytes(self._engine, self._updates, self._need),
             host_limit=lambda: host_limit(self.config, self._held()),
             machine=self._machine,
             tell=self._tell,

@@ -25,7 +25,7 @@ from lightning_superpipe.knobs import asked_of
 from lightning_superpipe.observe.machine import MachineProfile
 from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.unit_profile import UnitProfile
-from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.budget import KeptBytes, MemoryNeed
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
 from lightning_superpipe.planning.compare import missed
 from lightning_superpipe.planning.fall_back import knobs, shortage, smaller
@@ -61,14 +61,14 @@ def make_tuner(
     need: MemoryNeed,
     limit: int | None,
     optimizers: Callable[[], Sequence[Optimizer]],
-    anchor_bytes: Callable[[], int],
+    kept_bytes: Callable[[], KeptBytes],
     host_limit: Callable[[], int],
     machine: Callable[[], MachineProfile | None],
     tell: Callable[[str], None],
 ) -> Tuner:
     """Return the tuner of a run, with what measures for it; the arguments are theirs."""
     pinned = config.pin_memory is not False
-    profiler = Profiler(engine, meter, trains=trains, optimizers=optimizers, anchor_bytes=anchor_bytes, pinned=pinned)
+    profiler = Profiler(engine, meter, trains=trains, optimizers=optimizers, kept_bytes=kept_bytes, pinned=pinned)
     return Tuner(
         engine,
         profiler,

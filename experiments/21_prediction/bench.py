@@ -4,6 +4,7 @@ For each model one short run gives its unit profile: what each unit computes, ho
 setting is predicted, and then run. The link is emulated; compute is real, or takes as long as it is told to.
 
 Each model is a part of its own: ``--only GPT-2`` runs one, and without ``--again`` those whose results exist are left.
+``--predict`` runs nothing: it predicts anew from the unit profiles in the results, and leaves what was measured.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 
 import torch
 from jobs import Job, jobs
-from results_file import newest, save, with_steady_allocator
+from results_file import newest, rewrite, save, with_steady_allocator
 from rich.console import Console
 from rich.table import Table
 from running import profiled, run
 
-from lightning_superpipe.planning import Setting, simulate
+from lightning_superpipe.planning import Curve, Setting, Speeds, UnitWork, Workload, simulate
 
 BASE = Setting(k=3)
 
@@ -42,9 +43,6 @@ def compare(job: Job, num_steps: int) -> dict[str, Any]:
     profile = profiled(job, BASE)
     names, rows = [unit.name for unit in profile.workload.units], []
     for policy, setting in settings(len(names)):
-        start = time.perf_counter()
-        predicted = simulate(profile.workload, profile.speeds, setting)
-        simulated_ms = 1e3 * (time.perf_counter() - start)
         measured = run(job, setting, num_steps=num_steps, names=names)
         rows.append(
             {
@@ -52,19 +50,43 @@ def compare(job: Job, num_steps: int) -> dict[str, Any]:
                 "k": setting.k,
                 "k_prime": setting.k_prime,
                 "resident": setting.resident,
-                "predicted_ms": 1e3 * predicted.step_s,
-                "bound_ms": 1e3 * predicted.bound_s,
+                **predicted(profile.workload, profile.speeds, setting),
                 "measured_ms": measured.median_ms,
                 "all_ms": measured.step_ms,
-                "predicted_bytes": predicted.peak._asdict(),
                 "measured_bytes": measured.peak._asdict(),
-                "peak_at": predicted.peak_at,
-                "simulated_ms": simulated_ms,
                 "last_loss": measured.last_loss,
             }
         )
     link, workload, speeds = asdict(job.link), asdict(profile.workload), asdict(profile.speeds)
     return {"told": job.told, "link": link, "workload": workload, "speeds": speeds, "rows": rows}
+
+
+def predicted(workload: Workload, speeds: Speeds, setting: Setting) -> dict[str, Any]:
+    """Return the part of a row that is simulated."""
+    start = time.perf_counter()
+    found = simulate(workload, speeds, setting)
+    return {
+        "predicted_ms": 1e3 * found.step_s,
+        "bound_ms": 1e3 * found.bound_s,
+        "predicted_bytes": found.peak._asdict(),
+        "peak_at": found.peak_at,
+        "simulated_ms": 1e3 * (time.perf_counter() - start),
+    }
+
+
+def predict_again(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of a model with predictions as they are now, from the profile that was measured."""
+    work = dict(state["workload"])
+    units = tuple(UnitWork(**{**unit, "policies": tuple(unit["policies"])}) for unit in work.pop("units"))
+    workload = Workload(units, **work)
+    speeds = Speeds(**{name: _curve(each) if name != "use_s" else each for name, each in state["speeds"].items()})
+    plans = zip(settings(len(units)), state["rows"], strict=True)
+    rows = [{**row, **predicted(workload, speeds, setting)} for (_, setting), row in plans]
+    return {**state, "rows": rows}
+
+
+def _curve(state: dict[str, Any] | None) -> Curve | None:
+    return None if state is None else Curve(tuple((size, seconds) for size, seconds in state["points"]))
 
 
 def errors(row: dict[str, Any]) -> tuple[float, float]:
@@ -98,12 +120,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each setting")
     parser.add_argument("--only", default=None, help="one model, by its name")
     parser.add_argument("--again", action="store_true", help="also where there are results")
+    parser.add_argument("--predict", action="store_true", help="only predict again, from the profiles there are")
     options = parser.parse_args()
     with_steady_allocator()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    for state in newest("grid") if options.predict else []:
+        rewrite("grid", predict_again(state))
     have = {state["name"] for state in newest("grid")}
-    for job in jobs():
+    for job in [] if options.predict else jobs():
         if (options.only is None and (job.name not in have or options.again)) or options.only == job.name:
             print(save("grid", job.name, compare(job, options.steps)))
     for state in newest("grid"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_superpipe.observe.trace import software_versions
 
-__all__ = ["ALLOCATOR", "newest", "save", "with_steady_allocator"]
+__all__ = ["ALLOCATOR", "newest", "rewrite", "save", "with_steady_allocator"]
 
 FOLDER = Path(__file__).resolve().parent / "results"
 
@@ -44,11 +44,19 @@ def save(part: str, name: str, state: dict[str, Any]) -> Path:
 
 def newest(part: str) -> list[dict[str, Any]]:
     """Return the newest file of each name in a part."""
-    found: dict[str, dict[str, Any]] = {}
+    return [json.loads(path.read_text(encoding="utf-8")) for path in _newest(part).values()]
+
+
+def rewrite(part: str, state: dict[str, Any]) -> None:
+    """Put a state in place of what ``newest`` has returned of that name: command, machine and date stay."""
+    _newest(part)[state["name"]].write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def _newest(part: str) -> dict[str, Path]:
+    found: dict[str, Path] = {}
     for path in sorted(FOLDER.glob(f"{part}-*.json"), key=lambda path: (path.stem[-10:], path.name)):
-        state = json.loads(path.read_text(encoding="utf-8"))
-        found[state["name"]] = state
-    return list(found.values())
+        found[json.loads(path.read_text(encoding="utf-8"))["name"]] = path
+    return found
 
 
 def _slug(name: str) -> str:

@@ -4,8 +4,9 @@ For each model behind its link every setting of a sweep is run: its step time an
 then says which of them are allowed, and the fastest of these is what the choice has to match. The choice knows only the
 unit profile of one setting. It and the best few of the sweep are run again, in turns, and these times are compared.
 
-Each model is a part of its own: ``--only NAME`` runs one. What has results is left, so that a sweep that was ended goes
-on where it was; ``--again`` begins anew, ``--choice`` only chooses again under the sweeps there are.
+Each model is a part of its own: ``--only NAME`` runs one. What has results is left; ``--again`` begins anew, and
+``--choice`` only chooses again under the sweeps there are. ``--most N`` runs so many settings at most: the next call,
+without ``--again``, goes on where that one ended, and the choice comes last, in a call that finds the sweep complete.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ def settings(num_units: int) -> list[Setting]:
     return [Setting(*window, each) for each in policies for window in windows]
 
 
-def sweep(job: Job) -> list[dict[str, Any]]:
-    """Run every setting of the sweep."""
-    profile, rows = profiled(job, BASE), []
+def _is_complete(rows: list[dict[str, Any]]) -> bool:
+    return bool(rows) and len(rows) == len(settings(len(rows[0]["setting"]["activations"])))
+
+
+def sweep(job: Job, rows: list[dict[str, Any]], most: int | None) -> list[dict[str, Any]]:
+    """Run the settings of the sweep that are not in ``rows``, at most so many of them, and return all rows."""
+    profile, rows = profiled(job, BASE), list(rows)
     names = [unit.name for unit in profile.workload.units]
-    for setting in settings(len(names)):
+    for setting in settings(len(names))[len(rows) :][:most]:
         each = run(job, setting, num_steps=3, names=names, warm_up=2)
         rows.append({"setting": asdict(setting), "ms": each.median_ms, "bytes": each.peak.total})
     return rows
@@ -142,6 +147,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each run in turns")
     parser.add_argument("--only", default=None, help="one model, by its name")
     parser.add_argument("--again", action="store_true", help="also where there are results")
+    parser.add_argument("--most", type=int, default=None, help="settings of a sweep to run in this call")
     parser.add_argument("--choice", action="store_true", help="only choose again, under the sweeps there are")
     options = parser.parse_args()
     with_steady_allocator()
@@ -151,8 +157,13 @@ def main() -> None:
     for job in sweep_jobs():
         if options.only not in (None, job.name):
             continue
-        state = have.get(job.name) or {"told": job.told, "link": asdict(job.link), "rows": sweep(job), "pairs": []}
-        save("sweep", job.name, state)
+        state = have.get(job.name) or {"told": job.told, "link": asdict(job.link), "rows": [], "pairs": []}
+        if not _is_complete(state["rows"]):
+            state["rows"] = sweep(job, state["rows"], options.most)
+            save("sweep", job.name, state)
+            if options.most is not None:
+                print(f"{job.name}: {len(state['rows'])} settings so far")
+                continue
         if options.choice or not state["pairs"]:
             print(save("sweep", job.name, {**state, **compare(job, state["rows"], options.steps)}))
     states = [state for state in newest("sweep") if state["pairs"]]

@@ -44,12 +44,17 @@ class Census:
     Args:
         slots, staying: what lies in slots, or at the addresses of anchors and buffers, counts for nobody.
         counts: whether a tensor was made in this step; None counts all.
+        on_travelling: told each tensor that would travel.
     """
 
     def __init__(
-        self, slots: SlotPool, staying: Container[int], counts: Callable[[Tensor], bool] | None = None
+        self,
+        slots: SlotPool,
+        staying: Container[int],
+        counts: Callable[[Tensor], bool] | None = None,
+        on_travelling: Callable[[Tensor], None] | None = None,
     ) -> None:
-        self._slots, self._staying, self._counts = slots, staying, counts
+        self._slots, self._staying, self._counts, self._on_travelling = slots, staying, counts, on_travelling
         self._given: dict[int, int] = {}
         self._saved: dict[int, int] = {}
         self._units_that_save: set[int] = set()
@@ -67,6 +72,8 @@ class Census:
         """Note that autograd saves a tensor in a unit's call."""
         self._units_that_save.add(unit)
         if (key := self._key(tensor)) is not None:
+            if key not in self._saved and self._on_travelling is not None and self._sizes[key] >= MIN_BYTES:
+                self._on_travelling(tensor)
             self._saved.setdefault(key, unit)
 
     def _key(self, tensor: Tensor) -> int | None:

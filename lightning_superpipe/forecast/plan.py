@@ -24,6 +24,7 @@ from lightning_superpipe.forecast.played import MakeOptimizer, PlayedStep, Step,
 from lightning_superpipe.forecast.workload import workload_on
 from lightning_superpipe.knobs import may_step_aside
 from lightning_superpipe.observe import MachineProfile, find_profile
+from lightning_superpipe.observe.kernels import with_kernels
 from lightning_superpipe.planning.aside import OrdinaryNeed, ordinary_need
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose, needed_bytes
 from lightning_superpipe.planning.free_batch import FreeBatch, smallest_free_batch
@@ -218,9 +219,14 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
         )
     if profile.use_s == 0.0:
         remarks += ("the engine itself takes no time, and operations start at once",)
+    if config.update_on_device == "auto":
+        remarks += ("no unit is updated on the device: update_on_device='auto' is decided in the run",)
     speeds = profile.speeds(pinned=config.pin_memory is not False)
     limits, asked = _limits(profile, config), _asked(profile, played, config)
-    found = in_files(workload_on(profile, played, host), config, played.host, speeds)
+    on_machine = workload_on(profile, played, host)
+    if asked.update_on_device:
+        on_machine = with_kernels(on_machine, profile, shares_memory=profile.emulated)
+    found = in_files(on_machine, config, played.host, speeds)
     workload, played, remarks = found.workload, replace(played, host=found.host), remarks + found.remarks
     try:
         choice, refusal = choose(workload, speeds, limits, asked), ""
@@ -272,7 +278,7 @@ def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig)
         k_prime = None
     update = config.update
     if update == "auto":
-        update = "at_once" if profile.emulated else "after_backward"
+        update = "at_once" if profile.emulated and not config.update_on_device else "after_backward"
     return Asked(
         k=config.k if isinstance(config.k, int) else None,
         k_prime=k_prime,
@@ -280,6 +286,7 @@ def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig)
         activations=policies,
         micro_batches=config.micro_batches,
         update=update,
+        update_on_device=0.0 if config.update_on_device == "auto" else float(config.update_on_device),
     )
 
 
@@ -288,12 +295,13 @@ def _windows(
 ) -> Iterator[Window]:
     """Predict a table of (k, k') under the chosen policies, with nothing resident, and the choice itself."""
     activations = tuple(policy or "keep" for policy in asked.activations)
-    base = Setting(k=1, activations=activations, update=asked.update) if choice is None else choice.setting
+    base = Setting(1, activations=activations, update=asked.update, update_on_device=asked.update_on_device)
+    base = base if choice is None else choice.setting
     num_units = len(workload.units)
     sizes = [k for k in _WINDOWS if k < num_units] + [num_units] if asked.k is None else [min(asked.k, num_units)]
     pairs = [(k, k_prime) for k in sizes for k_prime in sorted({1, max(1, k // 2)})]
     settings = [
-        Setting(k, k_prime, 0, base.activations, base.micro_batches, base.update)
+        replace(base, k=k, k_prime=k_prime, resident=0)
         for k, k_prime in pairs
         if asked.k_prime is None or k_prime == min(asked.k_prime, k)
     ]

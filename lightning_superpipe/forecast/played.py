@@ -23,9 +23,11 @@ from lightning_superpipe.errors import UnsupportedError
 from lightning_superpipe.forecast.stand_in import StandIn
 from lightning_superpipe.forecast.tape import Part, Tape, UnitTape
 from lightning_superpipe.host_memory import host_need
+from lightning_superpipe.optimizer.device import refuse_whole_steps
+from lightning_superpipe.optimizer.scratch import NUM_SETS, kernel_bytes_of, scratch_bytes_of
 from lightning_superpipe.optimizer.state_size import missing_state_bytes
 from lightning_superpipe.partition import Partition, UnitSpec, UnitTable, partition, unit_table
-from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.budget import KeptBytes, MemoryNeed
 from lightning_superpipe.planning.host_budget import HostNeed
 
 __all__ = ["PlayedStep", "PlayedUnit", "play"]
@@ -69,6 +71,7 @@ class PlayedStep:
         samples, tokens: in the batch; tokens are 0 where it holds none.
         undisturbed: nobody writes to weights between steps.
         remarks: what had to be assumed.
+        kept: device bytes beside slots; those of updates whether there are some or not.
         num_trained_outside: parameters outside units that are updated on the host, in the loop's own thread.
     """
 
@@ -81,6 +84,7 @@ class PlayedStep:
     tokens: int
     undisturbed: bool
     remarks: tuple[str, ...]
+    kept: KeptBytes
     num_trained_outside: int = 0
 
 
@@ -117,8 +121,10 @@ def play(
     with _quiet(), tape.recording(copied):
         _run(copied, values, step or _default_step(copied), precision)
     optimizers, remarks = _optimizers(module, optimizer)
+    if config.update_on_device != "auto":
+        refuse_whole_steps(optimizers, config.update_on_device)
     masters = config.master_weights is not None
-    host = host_need(module, optimizers, need, wire, with_masters=masters)
+    host = host_need(module, optimizers, config, need, wire)
     if not all(isinstance(each, Optimizer) and missing_state_bytes(each, with_masters=masters) for each in optimizers):
         remarks += ("an optimizer of a class that is not known here counts no states",)
     specs = {unit.name: unit for unit in found.units}
@@ -135,7 +141,14 @@ def play(
         undisturbed=hasattr(module, "training_step"),
         remarks=remarks,
         num_trained_outside=sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) in found.anchors),
+        kept=_kept_bytes(found, need, optimizers, with_masters=masters),
     )
+
+
+def _kept_bytes(found: Partition, need: MemoryNeed, optimizers: list[Optimizer], *, with_masters: bool) -> KeptBytes:
+    units = [[p for p in spec.module.parameters() if id(p) not in found.anchors] for spec in found.units]
+    scratch = max((scratch_bytes_of(unit, optimizers, with_masters=with_masters) for unit in units), default=0)
+    return KeptBytes(need.anchor_bytes, NUM_SETS * scratch, max(map(kernel_bytes_of, units), default=0))
 
 
 def _run(copied: nn.Module, batch: Any, step: Step, precision: str) -> None:

@@ -58,15 +58,18 @@ class Part:
     Attributes:
         operations: and how often each ran.
         peak_bytes: most that was alive, of all that the step had made.
+        unfreed_bytes: likewise, if nothing that autograd holds had been let go meanwhile.
     """
 
     operations: Counter[Operation] = field(default_factory=Counter)
     peak_bytes: int = 0
+    unfreed_bytes: int = 0
 
     def add(self, other: Part) -> None:
         """Take what ran in another part for this one's."""
         self.operations += other.operations
         self.peak_bytes = max(self.peak_bytes, other.peak_bytes)
+        self.unfreed_bytes = max(self.unfreed_bytes, other.unfreed_bytes)
 
 
 @dataclass
@@ -155,6 +158,7 @@ class Tape:
 
     def _close_part(self) -> None:
         self._part.peak_bytes = max(self._part.peak_bytes, self._live.take_recent_peak())
+        self._part.unfreed_bytes = max(self._part.unfreed_bytes, self._live.take_recent_unfreed())
 
     # -- forward
 
@@ -206,6 +210,7 @@ class Tape:
             num_bytes = tensor.untyped_storage().nbytes()
             if key not in saved and key not in self._weights and num_bytes >= MIN_BYTES:
                 saved.add(key)
+                self._live.note_saved(tensor)
                 tape.saved_bytes += num_bytes
             return tensor
 

@@ -31,7 +31,7 @@ def workload_on(profile: MachineProfile, step: PlayedStep, host: MachineProfile 
     first = next((index for index, unit in enumerate(step.units) if unit.tape.backward.operations), len(step.units))
     return Workload(
         units=tuple(units),
-        anchor_bytes=step.need.anchor_bytes,
+        anchor_bytes=step.kept.anchors,
         turn_s=part_seconds(profile, step.turn),
         turn_bytes=max(0, step.turn.peak_bytes - _held(step)),
         between_s=_update_seconds(host, "float32", step.num_trained_outside, per_parameter),
@@ -39,6 +39,8 @@ def workload_on(profile: MachineProfile, step: PlayedStep, host: MachineProfile 
         samples=step.samples,
         tokens=step.tokens,
         undisturbed=step.undisturbed,
+        update_bytes=step.kept.updates,
+        kernel_bytes=step.kept.kernels,
     )
 
 
@@ -88,6 +90,7 @@ def _unit_work(
         offload_bytes=min(held, tape.saved_bytes),
         forward_bytes=max(0, tape.forward.peak_bytes - tape.begin_bytes),
         backward_bytes=max(0, tape.backward.peak_bytes - tape.end_bytes),
+        unfreed_backward_bytes=max(0, tape.backward.unfreed_bytes - tape.end_bytes),
         policies=unit.policies,
         splits=unit.splits,
     )

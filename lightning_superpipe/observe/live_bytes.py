@@ -60,6 +60,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._apart: set[int] = set()  # storages that count in all, but not in the rest
         self._apart_bytes = self._recent_rest = 0
         self._has_run = False  # an operation, since the rest was asked for
+        self._saved: set[int] = set()  # storages that autograd holds
+        self._let_go_bytes = self._recent_unfreed = 0
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -95,6 +97,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._apart_bytes += self._sizes[key]
             if not self._has_run:
                 self._recent_rest = self._current - self._apart_bytes
+                self._recent_unfreed = self._recent_rest + self._let_go_bytes
 
     def take_recent_rest(self) -> tuple[int, int]:
         """Return bytes without what was set apart: the most since the last call (or the start), and now."""
@@ -103,6 +106,23 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             now = self._current - self._apart_bytes
             recent, self._recent_rest, self._has_run = self._recent_rest, now, False
             return recent, now
+
+    def note_saved(self, tensor: torch.Tensor) -> None:
+        """Autograd holds the storage of a tensor: see :meth:`take_recent_unfreed`."""
+        with self._lock:
+            self._bury()
+            self._saved.update(key for storage in _storages(tensor) if (key := _key(storage)) in self._sizes)
+
+    def take_recent_unfreed(self) -> int:
+        """Return the most bytes there would have been since the last call, had nothing that was saved died since.
+
+        What was set apart does not count.
+        """
+        with self._lock:
+            self._bury()
+            recent, self._let_go_bytes = self._recent_unfreed, 0
+            self._recent_unfreed = self._current - self._apart_bytes
+            return recent
 
     def leave_out(self, tensor: torch.Tensor) -> None:
         """Stop counting the storage of a tensor, which is accounted for elsewhere from now on."""
@@ -143,7 +163,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._peak = max(self._peak, self._current)
             self._recent_peak = max(self._recent_peak, self._current)
             self._has_run = True
-            self._recent_rest = max(self._recent_rest, self._current - self._apart_bytes)
+            rest = self._current - self._apart_bytes
+            self._recent_rest = max(self._recent_rest, rest)
+            self._recent_unfreed = max(self._recent_unfreed, rest + self._let_go_bytes)
         return result
 
     def _count(self, storage: torch.UntypedStorage, given: set[int]) -> None:
@@ -170,6 +192,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._apart:
             self._apart.discard(key)
             self._apart_bytes -= size
+        if key in self._saved:
+            self._saved.discard(key)
+            self._let_go_bytes += size
 
 
 def _nodes(outputs: Any, since: int) -> Iterator[Any]:

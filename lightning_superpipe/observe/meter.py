@@ -24,12 +24,15 @@ class Boundary(NamedTuple):
         peak_bytes: the most since the boundary before; gradients of the unit itself count where the device's allocator
             does not keep the counts.
         held_bytes: now.
+        unfreed_bytes: as ``peak_bytes``, if nothing that autograd holds had been let go since the boundary before; the
+            same as ``peak_bytes`` where the device's allocator keeps the counts.
     """
 
     name: str
     unit: int
     peak_bytes: int
     held_bytes: int
+    unfreed_bytes: int = 0
 
 
 class Meter:
@@ -91,6 +94,11 @@ class Meter:
         if self._live is not None:
             self._live.set_apart(tensor)
 
+    def note_saved(self, tensor: torch.Tensor) -> None:
+        """Autograd holds a tensor from now on, which may have to stay beyond its use."""
+        if self._live is not None:
+            self._live.note_saved(tensor)
+
     def counts(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor's memory is part of what is measured."""
         return self._live is None or self._live.counts(tensor)
@@ -105,7 +113,8 @@ class Meter:
         self.step_peak = max(self.step_peak, peak, key=lambda each: each.total)
         if self.trail is not None:
             most, now_held = (peak_of_rest, rest) if self._live is None else self._live.take_recent_rest()
-            self.trail.append(Boundary(name, unit, max(0, most), max(0, now_held)))
+            unfreed = most if self._live is None else self._live.take_recent_unfreed()
+            self.trail.append(Boundary(name, unit, max(0, most), max(0, now_held), max(0, unfreed)))
         if self.recorder is not None:
             now = self.recorder.now()
             for activations in (peak_of_rest, rest):  # first the spike since the last look

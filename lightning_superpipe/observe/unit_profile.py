@@ -99,11 +99,13 @@ class TransientBytes(NamedTuple):
         forward: by unit.
         backward: by unit, beside all that its own forward saved.
         turn: between the last forward and the first backward.
+        unfreed: as ``backward``, if nothing of that was let go meanwhile.
     """
 
     forward: dict[int, int]
     backward: dict[int, int]
     turn: int
+    unfreed: dict[int, int]
 
 
 def transient_bytes(
@@ -118,13 +120,14 @@ def transient_bytes(
         whole: bytes that each of these would hold if all was kept.
 
     >>> trail = [Boundary("F", 0, 12, 10), Boundary("F", 1, 25, 20), Boundary("turn", -1, 24, 20)]
-    >>> trail += [Boundary("B", 1, 26, 10), Boundary("B", 0, 15, 0)]
+    >>> trail += [Boundary("B", 1, 26, 10, 28), Boundary("B", 0, 15, 0, 15)]
     >>> transient_bytes(trail, [0, 1], [10, 10], [10, 10])
-    TransientBytes(forward={0: 12, 1: 15}, backward={0: 5, 1: 6}, turn=4)
+    TransientBytes(forward={0: 12, 1: 15}, backward={0: 5, 1: 6}, turn=4, unfreed={0: 5, 1: 8})
     """
     below = dict(zip(order, accumulate(held, initial=0), strict=False))  # held by the units before
     size = dict(zip(order, whole, strict=True))
-    forward, backward, turn, unnamed = dict.fromkeys(order, 0), dict.fromkeys(order, 0), 0, 0
+    forward, backward, unfreed = (dict.fromkeys(order, 0) for _ in range(3))
+    turn = unnamed = 0
     for look in trail:
         peak, unnamed = max(look.peak_bytes, unnamed), 0
         if not look.name:
@@ -134,5 +137,7 @@ def transient_bytes(
         elif look.name == "F" and look.unit in forward:
             forward[look.unit] = max(forward[look.unit], peak - below[look.unit])
         elif look.name == "B" and look.unit in backward:
-            backward[look.unit] = max(backward[look.unit], peak - below[look.unit] - size[look.unit])
-    return TransientBytes(forward, backward, turn)
+            held_there = below[look.unit] + size[look.unit]
+            backward[look.unit] = max(backward[look.unit], peak - held_there)
+            unfreed[look.unit] = max(unfreed[look.unit], peak - held_there, look.unfreed_bytes - held_there)
+    return TransientBytes(forward, backward, turn, unfreed)

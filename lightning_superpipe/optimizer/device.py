@@ -29,15 +29,13 @@ from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.optimizer.fused import left_open
 from lightning_superpipe.optimizer.masters import step_on_masters, wants_master
 from lightning_superpipe.optimizer.parts import Part
-from lightning_superpipe.optimizer.scratch import Scratch, scratch_bytes_of
+from lightning_superpipe.optimizer.scratch import NUM_SETS, Scratch, kernel_bytes_of, scratch_bytes_of
 from lightning_superpipe.optimizer.separable import Member, is_scaled, is_separable
 from lightning_superpipe.optimizer.stand_ins import StandIn, held, step_on
 from lightning_superpipe.partition.anchors import is_dense
 from lightning_superpipe.planning.workload import updated_on_device
 
-__all__ = ["DeviceUpdates", "Ending"]
-
-_NUM_SETS = 2
+__all__ = ["DeviceUpdates", "Ending", "refuse_whole_steps"]
 
 
 class Ending(HostEvent):
@@ -85,7 +83,7 @@ class DeviceUpdates:
     def __init__(self, engine: Engine, share: float, *, has_masters: bool, poison: bool) -> None:
         self._engine, self.share = engine, share
         self._has_masters, self._poison = has_masters, poison
-        self._lanes = [HostLane(f"superpipe-update-{number}") for number in range(_NUM_SETS)]
+        self._lanes = [HostLane(f"superpipe-update-{number}") for number in range(NUM_SETS)]
         self._scratch: list[Scratch] = []
         self._chosen: frozenset[int] | None = None
         self._computing = threading.Lock()
@@ -98,14 +96,7 @@ class DeviceUpdates:
         Raises:
             UnsupportedError: one of them cannot be split into parts.
         """
-        for optimizer in optimizers:
-            if self.share and not is_separable(optimizer):
-                raise UnsupportedError(
-                    f"update_on_device={self.share:g} cannot be used with {type(optimizer).__name__}: it is not known "
-                    "to update each parameter by itself, or has capturable or differentiable set, so that no part of "
-                    "its step can run elsewhere. Use an optimizer of torch.optim as it is (AdamW, SGD, Adafactor, "
-                    "Muon, ...), or leave update_on_device out."
-                )
+        refuse_whole_steps(optimizers, self.share)
         self.scratch_bytes = max(self._bytes_of(unit, optimizers) for unit in self._engine.units)
 
     def refuse_scaled(self, optimizer: Optimizer) -> None:
@@ -122,7 +113,7 @@ class DeviceUpdates:
             )
 
     def _bytes_of(self, unit: Unit, optimizers: Iterable[Optimizer]) -> int:
-        return scratch_bytes_of(unit, optimizers, with_masters=self._has_masters)
+        return scratch_bytes_of(unit.parameters, optimizers, with_masters=self._has_masters)
 
     # -- one part
 
@@ -138,7 +129,7 @@ class DeviceUpdates:
         if unit.index not in self._chosen or not fits or self._bytes_of(unit, [part.optimizer]) > self.scratch_bytes:
             return None
         self._allocate()
-        number = self.num_parts % _NUM_SETS
+        number = self.num_parts % NUM_SETS
         self.num_parts += 1
         slot = unit.slot if self._engine.residency.may_update_in_slot(unit) else None
         place = Place(number, unit, slot, self._engine.lanes.compute_event(), Ending())
@@ -233,11 +224,11 @@ class DeviceUpdates:
             return
         device, num_bytes = self._engine.device, self.scratch_bytes
         try:
-            self._scratch = [Scratch(device, num_bytes, poison=self._poison) for _ in range(_NUM_SETS)]
+            self._scratch = [Scratch(device, num_bytes, poison=self._poison) for _ in range(NUM_SETS)]
         except torch.OutOfMemoryError as error:
             raise OutOfDeviceMemory(
                 f"the device has no room to update units on it (update_on_device={self.share:g}): {error} That takes "
-                f"{_NUM_SETS} x {num_bytes} bytes. No unit was updated, and all gradients are there: take a smaller k "
+                f"{NUM_SETS} x {num_bytes} bytes. No unit was updated, and all gradients are there: take a smaller k "
                 "or leave update_on_device out."
             ) from error
 
@@ -253,8 +244,17 @@ class DeviceUpdates:
     @property
     def need_bytes(self) -> int:
         """Device memory that updates take: the scratch, and what kernels that are not fused make beside it."""
-        widest = max(4 * sum(parameter.numel() for parameter in unit.parameters) for unit in self._engine.units)
-        return _NUM_SETS * self.scratch_bytes + 2 * widest
+        return self.kept_bytes + self.kernel_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """The scratch of all sets, which is held from the first update on."""
+        return NUM_SETS * self.scratch_bytes
+
+    @property
+    def kernel_bytes(self) -> int:
+        """What kernels that are not fused make beside it, at most."""
+        return max(kernel_bytes_of(unit.parameters) for unit in self._engine.units)
 
     @property
     def held_bytes(self) -> int:
@@ -266,6 +266,22 @@ class DeviceUpdates:
         for lane in self._lanes:
             lane.close()
         self._scratch.clear()
+
+
+def refuse_whole_steps(optimizers: Iterable[Optimizer], share: float) -> None:
+    """Make sure that a share of the units can be updated apart from the others.
+
+    Raises:
+        UnsupportedError: an optimizer cannot be split into parts.
+    """
+    for optimizer in optimizers:
+        if share and not is_separable(optimizer):
+            raise UnsupportedError(
+                f"update_on_device={share:g} cannot be used with {type(optimizer).__name__}: it is not known to update "
+                "each parameter by itself, or has capturable or differentiable set, so that no part of its step can "
+                "run elsewhere. Use an optimizer of torch.optim as it is (AdamW, SGD, Adafactor, Muon, ...), or leave "
+                "update_on_device out."
+            )
 
 
 def _others(own: StandIn, there: StandIn) -> list[Copy]:

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_superpipe.engine.slots import ALIGNMENT
-from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.optimizer.masters import wants_master
 from lightning_superpipe.optimizer.state_size import state_tensor_sizes
 from lightning_superpipe.partition.anchors import is_dense
 
-__all__ = ["Scratch", "scratch_bytes_of"]
+__all__ = ["NUM_SETS", "Scratch", "kernel_bytes_of", "scratch_bytes_of"]
+
+NUM_SETS = 2
+"""One unit's tensors travel while those of the other are used."""
 
 
 class Scratch:
@@ -46,9 +48,16 @@ class Scratch:
         return typed.as_strided(tensor.size(), tensor.stride()) if is_dense(tensor) else typed.view(tensor.size())
 
 
-def scratch_bytes_of(unit: Unit, optimizers: Iterable[Optimizer], *, with_masters: bool) -> int:
-    """Bytes of scratch that the update of a unit takes: weights, gradients, states, masters and gradients cast."""
-    own = {id(parameter) for parameter in unit.parameters}
+def kernel_bytes_of(parameters: Iterable[Tensor]) -> int:
+    """Bytes that kernels which are not fused make beside the scratch of a unit with these parameters, at most."""
+    return 2 * sum(4 * parameter.numel() for parameter in parameters)
+
+
+def scratch_bytes_of(parameters: Iterable[Tensor], optimizers: Iterable[Optimizer], *, with_masters: bool) -> int:
+    """Bytes of scratch that the update of a unit with these parameters takes: weights, gradients, states, masters and
+    gradients cast.
+    """
+    own = {id(parameter) for parameter in parameters}
     num_bytes = 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from lightning_superpipe.engine.backend import is_separate
+from lightning_superpipe.observe.kernels import with_kernels
 from lightning_superpipe.observe.machine import MachineProfile
 from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.optimizer.stage import UpdateStage
 from lightning_superpipe.planning.update_share import choose_share
-from lightning_superpipe.planning.workload import UnitWork, Workload
 
-__all__ = ["ShareChoice", "with_kernels"]
+__all__ = ["ShareChoice"]
 
 
 class ShareChoice:
@@ -51,24 +50,5 @@ class ShareChoice:
         self._updates = None
         if spare_bytes is not None and updates.need_bytes > spare_bytes:
             return
-        workload = with_kernels(profile.workload, self._device, self._machine())
+        workload = with_kernels(profile.workload, self._machine(), shares_memory=not is_separate(self._device))
         updates.use_share(choose_share(workload, profile.speeds, profile.setting))
-
-
-def with_kernels(workload: Workload, device: torch.device, machine: MachineProfile | None) -> Workload:
-    """Return a workload that tells how long each update takes on the device, as far as one was seen on the host.
-
-    A device that is the host itself takes what the host takes. Elsewhere kernels run at the speed of the device's
-    memory, or in no time that counts where nobody has measured that.
-    """
-    memory = None if machine is None else machine.memory_curve()
-
-    def seconds(unit: UnitWork) -> float | None:
-        if not (unit.gradient_bytes and unit.update_s):
-            return None
-        if not is_separate(device):
-            return unit.update_s
-        moved = unit.gradient_bytes + 2 * (unit.weight_bytes + unit.state_bytes)
-        return 0.0 if memory is None else memory.seconds(moved)
-
-    return replace(workload, units=tuple(replace(each, update_on_device_s=seconds(each)) for each in workload.units))

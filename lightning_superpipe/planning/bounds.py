@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from lightning_superpipe.planning.need import num_slots
-from lightning_superpipe.planning.workload import Setting, Speeds, Workload
+from lightning_superpipe.planning.workload import Setting, Speeds, Workload, updated_there
 
 __all__ = ["StepBounds"]
 
@@ -35,10 +35,9 @@ class StepBounds:
         units = self.workload.units
         return [self.speeds.d2h.seconds(units[i].gradient_bytes) if units[i].gradient_bytes else 0.0 for i in trained]
 
-    @cached_property
-    def _update_s(self) -> float:
+    def _update_s(self, there: frozenset[int]) -> float:
         units = self.workload.units
-        return sum(units[i].update_s for i in self._backward_units if units[i].gradient_bytes)
+        return sum(units[i].update_s for i in self._backward_units if units[i].gradient_bytes and i not in there)
 
     @cached_property
     def _backward_units(self) -> range:
@@ -58,7 +57,8 @@ class StepBounds:
         if not workload.trains:
             return forward_s
         n, home_s = len(workload.units), sum(self._gradient_s)
-        there_s, update_s = self._reload_s(setting), self._update_s
+        there = updated_there(workload, setting)  # of these none may have to be loaded: slots are updated as well
+        there_s, update_s = self._reload_s(setting, there), self._update_s(there)
         if setting.activations:
             for index in self._backward_units:
                 policy, unit = setting.activations[index], workload.units[index]
@@ -68,21 +68,23 @@ class StepBounds:
                     home_s += self.speeds.d2h.seconds(unit.offload_bytes)
                     there_s += self.speeds.h2d.seconds(unit.offload_bytes) if index < n - 3 else 0.0
         stay = workload.undisturbed
-        first_s = 0.0 if stay else self._load_s[0]
+        first_s = 0.0 if stay or 0 in there else self._load_s[0]
         last_s = self._gradient_s[0] if self._gradient_s else 0.0
         between_s = forward_s + workload.turn_s
         serial_s = first_s + between_s + max(backward_s + last_s, sum(self._gradient_s))
         if setting.update == "at_once":
             serial_s += update_s
-        loads_s = 0.0 if stay else sum(self._load_s) + workload.turn_s + workload.between_s + backward_s + last_s
+        loads_s = 0.0
+        if not stay and not there:
+            loads_s = sum(self._load_s) + workload.turn_s + workload.between_s + backward_s + last_s
         return max(serial_s, loads_s, there_s, home_s, update_s)
 
-    def _reload_s(self, setting: Setting) -> float:
+    def _reload_s(self, setting: Setting, there: frozenset[int]) -> float:
         """Copies of weights to the device: all of them, and again those that do not stay over the turn."""
         slots, workload = num_slots(self.workload, setting), self.workload
         backward = sorted(self._load_s[index] for index in self._backward_units)
         again_s = sum(backward[: max(0, len(backward) - slots)])
         if workload.undisturbed:
-            trained = sum(self._load_s[i] for i in self._backward_units if workload.units[i].gradient_bytes)
-            return trained
-        return sum(self._load_s) + again_s
+            trained = (i for i in self._backward_units if workload.units[i].gradient_bytes and i not in there)
+            return sum(self._load_s[i] for i in trained)
+        return sum(load_s for i, load_s in enumerate(self._load_s) if i not in there) + again_s

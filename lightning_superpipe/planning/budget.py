@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from humanize import naturalsize
 
 from lightning_superpipe.errors import BudgetError
 
-__all__ = ["AUTO_K", "MemoryNeed", "choose_k", "choose_residents", "refuse_updates"]
+__all__ = ["AUTO_K", "KeptBytes", "MemoryNeed", "choose_k", "choose_residents", "refuse_updates"]
 
 AUTO_K = 3
 """One unit computes, one arrives, one leaves: more slots only help where copies are irregular."""
 
 _NUM_GRADIENT_SLOTS = 2
+
+
+class KeptBytes(NamedTuple):
+    """Device bytes beside the slots that stay as they are from step to step.
+
+    Attributes:
+        anchors: permanent copies.
+        updates: what updates on the device keep there, if any unit is updated there.
+        kernels: most that their kernels take beside that.
+    """
+
+    anchors: int = 0
+    updates: int = 0
+    kernels: int = 0
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Asked:
         k, k_prime, resident: as in :class:`Setting`.
         activations: a policy for each unit, or None where it is open; empty leaves all open.
         micro_batches: the most parts that a batch may have.
-        update: as in :class:`Setting`.
+        update, update_on_device: as in :class:`Setting`.
     """
 
     k: int | None = None
@@ -49,6 +49,7 @@ class Asked:
     activations: tuple[str | None, ...] = ()
     micro_batches: int = 1
     update: str = "after_backward"
+    update_on_device: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ class Choice:
             line = "activations: " + ", ".join(f"{count} units {policy}" for policy, count in counts.items())
         if self.setting.micro_batches > 1:
             line += f", in {self.setting.micro_batches} micro-batches"
-        return f"{line}; update {self.setting.update}"
+        on_device = f", {self.setting.update_on_device:.0%} of the units on the device"
+        return f"{line}; update {self.setting.update}{on_device if self.setting.update_on_device else ''}"
 
     def _cost(self) -> str:
         step, limit = self.prediction, self.limits.device_bytes
@@ -191,6 +193,7 @@ def _search(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) ->
         policies=asked.activations or (None,) * len(workload.units),
         most_micro_batches=asked.micro_batches,
         update=asked.update,
+        update_on_device=asked.update_on_device,
     )
 
 
@@ -215,9 +218,10 @@ def _refusal(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked, s
             f"{_size(host.activations)} of activations); host_memory allows {_size(limits.host_bytes)}."
         )
     else:
+        kept = f"anchors{' and updates on the device' if asked.update_on_device else ''}"
         message = (
             f"the smallest plan, {_knobs(least)}, needs {_size(need.total)} ({need.total} bytes) of device memory: "
-            f"{_size(need.slots)} of slots, {_size(need.anchors)} of anchors, {_size(need.gradients)} for gradients, "
+            f"{_size(need.slots)} of slots, {_size(need.anchors)} of {kept}, {_size(need.gradients)} for gradients, "
             f"{_size(need.activations)} for activations; {_size(limits.device_bytes or 0)} "
             f"({limits.device_bytes} bytes) are allowed."
         )
@@ -239,7 +243,7 @@ def _way_out(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) -
         if (found := _search(workload, speeds, limits, freer).any_fitting()) is not None:
             return f"What you set as {name} forbids what would fit, such as {_knobs(found)}: leave it to 'auto'."
     if len(free) > 1:
-        freest = Asked(micro_batches=asked.micro_batches, update=asked.update)
+        freest = Asked(micro_batches=asked.micro_batches, update=asked.update, update_on_device=asked.update_on_device)
         if (found := _search(workload, speeds, limits, freest).any_fitting()) is not None:
             return f"What you set as {', '.join(free)} forbids what would fit, such as {_knobs(found)}."
     return "Allow more, take a smaller batch, mark smaller units, or let the batch be split (micro_batches)."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_superpipe.planning.prediction import HostUse, PeakBytes
-from lightning_superpipe.planning.workload import Setting, UnitWork, Workload
+from lightning_superpipe.planning.workload import Setting, UnitWork, Workload, updated_there
 
 __all__ = [
     "GRADIENT_UNITS",
@@ -13,7 +13,9 @@ __all__ = [
     "gradient_limit_bytes",
     "host_use",
     "num_slots",
+    "recompute_peak_bytes",
     "saved_bytes",
+    "unfreed_backward_peak_bytes",
 ]
 
 GRADIENT_UNITS = 2
@@ -51,12 +53,38 @@ def forward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
 
 
 def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
-    """Return the most that a backward takes beside what is held, its own gradients included."""
+    """Return the most that a backward takes beside what is held, its own gradients included.
+
+    Of a batch in parts the gradients of the whole output are there, and by the last part those of the other inputs.
+    """
     if policy != "recompute":
         return unit.backward_bytes
     parts = micro_batches if unit.splits else 1
     took = unit.activation_bytes - unit.input_bytes + unit.backward_bytes
-    return took if parts == 1 else took // parts + unit.gradient_bytes + unit.input_bytes
+    if parts == 1:
+        return took
+    return took // parts + unit.gradient_bytes + 2 * (parts - 1) * unit.input_bytes // parts
+
+
+def recompute_peak_bytes(unit: UnitWork, micro_batches: int) -> int:
+    """Return the most that a forward takes beside what is held when it is computed again.
+
+    Its inputs are held, but gradients of its outputs are there; they are taken to be as large. What comes behind the
+    last tensor that is saved is not computed again, so where a forward's peak is at its end this is too much by that.
+    """
+    return (unit.forward_bytes - unit.input_bytes) // (micro_batches if unit.splits else 1) + unit.input_bytes
+
+
+def unfreed_backward_peak_bytes(unit: UnitWork, share: float) -> int:
+    """Return the most that a backward takes while nothing of what its forward saved is let go.
+
+    Args:
+        share: of the backward, for which that is so; what it takes is thought to grow evenly.
+
+    >>> unfreed_backward_peak_bytes(UnitWork("h", 10, backward_bytes=4, unfreed_backward_bytes=12), 0.75)
+    9
+    """
+    return max(unit.backward_bytes, round(share * unit.unfreed_backward_bytes))
 
 
 def device_need(workload: Workload, setting: Setting) -> PeakBytes:
@@ -92,12 +120,13 @@ def device_need(workload: Workload, setting: Setting) -> PeakBytes:
         own = min(backward, unit.gradient_bytes)
         worst = max(worst, (near + backward - own, min(limit, own + above)), key=sum)
         if policy == "recompute":
-            worst = max(worst, (near + forward_peak_bytes(unit, policy, micro_batches), min(limit, above)), key=sum)
+            worst = max(worst, (near + recompute_peak_bytes(unit, micro_batches), min(limit, above)), key=sum)
     if workload.trains:
         num_near = _NUM_SENT + (setting.policy(len(units) - 1) == "offload")
         worst = max(worst, (held + sum(offloaded[-num_near:]) + workload.turn_bytes, 0), key=sum)
     slots = num_slots(workload, setting) * workload.slot_bytes
-    return PeakBytes(slots, workload.anchor_bytes, worst[1], worst[0])
+    updates = workload.update_bytes + workload.kernel_bytes if updated_there(workload, setting) else 0
+    return PeakBytes(slots, workload.anchor_bytes + updates, worst[1], worst[0])
 
 
 def host_use(workload: Workload, setting: Setting) -> HostUse:

@@ -13,7 +13,7 @@ class PeakBytes(NamedTuple):
 
     Attributes:
         slots: of units.
-        anchors: permanent copies.
+        anchors: permanent copies, and what updates on the device keep there.
         gradients: of the unit that computes, and those on their way home.
         activations: all else that forward and backward hold.
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lightning_superpipe.planning.bounds import StepBounds
 from lightning_superpipe.planning.prediction import Prediction
@@ -29,9 +30,9 @@ class Search:
         fits: whether a setting keeps within all limits, as counted; with more slots it never begins to fit.
         keeps: whether it does so when played, since copies may be late.
         k, k_prime, resident: as asked for, None where open.
+        update, update_on_device: as asked for.
         policies: as asked for, of each unit.
         most_micro_batches: allowed.
-        update: as asked for.
 
     Attributes:
         tie: relative; steps that differ less are as good as each other.
@@ -53,9 +54,11 @@ class Search:
         policies: Sequence[str | None],
         most_micro_batches: int,
         update: str,
+        update_on_device: float,
     ) -> None:
         n = self._n = len(workload.units)
-        self._workload, self._speeds, self._update = workload, speeds, update
+        self._workload, self._speeds = workload, speeds
+        self._updating: dict[str, Any] = {"update": update, "update_on_device": update_on_device}
         self._fits, self._keeps = fits, keeps
         self._k = None if k is None else min(k, n)
         self._k_prime = None if k_prime is None else min(k_prime, n if self._k is None else self._k)
@@ -149,7 +152,7 @@ class Search:
             k = max(least, num_slots - self._resident)
         else:
             k = min(num_slots, max(least, k_prime + 2))
-        return Setting(k=k, k_prime=min(k_prime, k), resident=num_slots - k, update=self._update)
+        return Setting(k=k, k_prime=min(k_prime, k), resident=num_slots - k, **self._updating)
 
     def _slot_range(self) -> tuple[int, int]:
         """The fewest and the most slots that what was asked for allows."""
@@ -269,7 +272,7 @@ class Search:
         if self._k not in (None, self._n) or self._resident:
             return None
         k_prime = min(self._k_prime or 1, self._n)
-        setting = Setting(k=self._n, k_prime=k_prime, activations=self._mix(0, 0), update=self._update)
+        setting = Setting(k=self._n, k_prime=k_prime, activations=self._mix(0, 0), **self._updating)
         return setting if self._fits(setting) else None
 
     # -- where nothing is the best

@@ -27,12 +27,15 @@ from lightning_superpipe.planning.need import (
     forward_peak_bytes,
     gradient_limit_bytes,
     host_use,
+    recompute_peak_bytes,
     saved_bytes,
+    unfreed_backward_peak_bytes,
 )
+from lightning_superpipe.planning.offloads import Offloads
 from lightning_superpipe.planning.order import forward_order, training_order
 from lightning_superpipe.planning.played import PlayedStep, are_repeated, mean_of
 from lightning_superpipe.planning.prediction import LaneSeconds, PeakBytes, Prediction
-from lightning_superpipe.planning.workload import Curve, Setting, Speeds, Workload, updated_on_device
+from lightning_superpipe.planning.workload import Curve, Setting, Speeds, Workload, updated_there
 
 __all__ = ["simulate"]
 
@@ -84,8 +87,8 @@ class _Run:
         self.num_slots = self.k + min(setting.resident, n - self.k)
         self.policies = [setting.policy(index) for index in range(n)]
         self.link = Link(speeds)
-        there = updated_on_device(range(n), setting.update_on_device)
-        self.on_device = {index for index in there if self.units[index].update_on_device_s is not None}
+        self.on_device = updated_there(workload, setting)
+        self.anchor_bytes = workload.anchor_bytes + (workload.update_bytes if self.on_device else 0)
         self.device, self.under_way = DeviceUpdates(self.link, self._count_update), dict[int, DeviceUpdate]()
         self.in_slots: frozenset[int] = frozenset()
         self.limit_bytes = gradient_limit_bytes(workload)
@@ -93,6 +96,10 @@ class _Run:
         self.updated_s = [0.0] * n
         self.arrivals: list[Copying | None] = [None] * n
         self.saved_bytes = [saved_bytes(workload, setting, index) for index in range(n)]
+        self.travels = [
+            unit.offload_bytes if self.policies[index] == "offload" and self.saved_bytes[index] else 0
+            for index, unit in enumerate(self.units)
+        ]
         self.held_bytes = 0
         self._begin_step()
 
@@ -106,12 +113,9 @@ class _Run:
         self.h2d_bytes = self.d2h_bytes = self.gradient_bytes = self.num_loads = 0
         self.compute_s = self.host_s = self.disk_s = 0.0
         self.gradients: deque[tuple[Copying, int]] = deque()
-        self.unsent = self.to_flush = -1
-        self.sent: deque[tuple[int, Copying]] = deque()
-        self.away: set[int] = set()
-        self.returning: dict[int, Copying] = {}
+        self.to_flush = -1
         self.landed: list[tuple[int, Copying]] = []
-        self.lingering: list[tuple[Copying, int]] = []
+        self.offloads = Offloads(self.travels, self.link, self._home, self._to_device)
         self.peak, self.peak_at = PeakBytes(), ""
 
     # -- plans
@@ -195,11 +199,12 @@ class _Run:
         self.now += seconds
         self.compute_s += seconds
 
-    def _wait(self, copying: Copying, unit: int) -> None:
+    def _wait(self, copying: Copying, unit: int) -> float:
         end_s = self.link.end_s(copying)
         if end_s > self.now:
             self.stalls_s[unit] += end_s - self.now
             self.now = end_s
+        return self.now
 
     def _move(self, action: Action) -> None:
         if action.op is not Op.PREFETCH:
@@ -226,7 +231,8 @@ class _Run:
         self.h2d_bytes += there_bytes
         self.d2h_bytes += home_bytes
 
-    def _to_device(self, num_bytes: int, ready_s: float) -> Copying:
+    def _to_device(self, num_bytes: int, ready_s: float | None = None) -> Copying:
+        ready_s = self.now if ready_s is None else ready_s
         self.device.advance(ready_s)
         self.h2d_bytes += num_bytes
         return self.link.copy(self.link.h2d, num_bytes, ready_s)
@@ -251,24 +257,13 @@ class _Run:
     def _forward(self, index: int) -> None:
         unit = self.units[index]
         self._require(index)
-        self._send_activations(index)
+        self.offloads.let_go(lambda copying: self._wait(copying, index), self.now)
+        self.offloads.send()
         took = forward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
         self._note_peak(took, 0, Op.FORWARD, index)
         self._compute(unit.forward_s)
         self.held_bytes += self.saved_bytes[index]
-        if self.policies[index] == "offload" and self.saved_bytes[index] and unit.offload_bytes:
-            self.unsent = index
-
-    def _send_activations(self, index: int) -> None:
-        """A forward begins: let go of what has landed, send what the unit before has saved."""
-        while self.sent and (len(self.sent) > 1 or self.link.is_over(self.sent[0][1], self.now)):
-            sender, landed = self.sent.popleft()
-            self._wait(landed, index)
-            self.held_bytes -= self.units[sender].offload_bytes
-            self.away.add(sender)
-        if self.unsent >= 0:
-            self.sent.append((self.unsent, self._home(self.units[self.unsent].offload_bytes)))
-            self.unsent = -1
+        self.offloads.note_saved(index)
 
     def _turn(self) -> None:
         self._note_peak(self.workload.turn_bytes, 0, None, -1)
@@ -279,14 +274,14 @@ class _Run:
     def _backward(self, index: int, moves: list[Action]) -> None:
         unit = self.units[index]
         self._flush_gradients()
-        self._fetch_activations(index)
+        self.offloads.fetch(index, self.now)
         for action in moves:
             self._move(action)
         self._require(index)
-        if (returning := self.returning.pop(index, None)) is not None:
+        if (returning := self.offloads.arrival(index)) is not None:
             self._wait(returning, index)
         if self.policies[index] == "recompute":
-            self._note_backward_peak(index, forward_peak_bytes(unit, "recompute", self.setting.micro_batches), 0)
+            self._note_backward_peak(index, recompute_peak_bytes(unit, self.setting.micro_batches), 0)
             self._compute(unit.forward_s)
         took = backward_peak_bytes(unit, self.policies[index], self.setting.micro_batches)
         own = min(took, unit.gradient_bytes)
@@ -294,22 +289,24 @@ class _Run:
         while self.gradients and self.gradient_bytes + unit.gradient_bytes > self.limit_bytes:
             self._wait(self.gradients[0][0], index)
             self._let_go_of_gradients()
-        self._note_backward_peak(index, took - own, own)
+        others = self._note_backward_peak(index, took - own, own)
+        is_late, start_s = self.offloads.is_late(index, self.now), self.now
         self._compute(unit.backward_s)
+        if is_late:
+            unfreed = unfreed_backward_peak_bytes(unit, self.offloads.late_share(index, start_s, self.now))
+            self._note_peak(others.activations + max(took, unfreed) - own, others.gradients, Op.BACKWARD, index)
         self.held_bytes -= self.saved_bytes[index]
-        # What is still on its way home stays until it is there, needed or not.
-        self.lingering += [(copying, unit.offload_bytes) for sender, copying in self.sent if sender == index]
+        self.offloads.note_used(index)
         self.to_flush = index if self._is_trained(index) else -1
 
-    def _note_backward_peak(self, index: int, took: int, own: int) -> None:
+    def _note_backward_peak(self, index: int, took: int, own: int) -> PeakBytes:
+        """Note what a backward takes; return what others hold beside it, and all gradients."""
         while self.gradients and self.link.is_over(self.gradients[0][0], self.now):
             self._let_go_of_gradients()
-        self.lingering = [
-            (copying, size) for copying, size in self.lingering if not self.link.is_over(copying, self.now)
-        ]
-        took += sum(size for _, size in self.lingering)
+        late = self.offloads.late_bytes(self.now)
         gradients = min(self.gradient_bytes + own, self.limit_bytes)  # what comes first may come, the rest waits
-        self._note_peak(took, gradients, Op.BACKWARD, index)
+        self._note_peak(late + took, gradients, Op.BACKWARD, index)
+        return PeakBytes(gradients=gradients, activations=late)
 
     def _let_go_of_gradients(self) -> None:
         self.gradient_bytes -= self.gradients.popleft()[1]
@@ -324,27 +321,13 @@ class _Run:
             self.landed.append((self.to_flush, landed))
             self.to_flush = -1
 
-    def _fetch_activations(self, index: int) -> None:
-        """Backward reaches a unit: its activations come back, and those of the one before it in forward."""
-        if self.policies[index] != "offload":
-            return
-        while self.sent and self.link.is_over(self.sent[0][1], self.now):
-            self.sent.popleft()  # what is on the device still stays there
-        earlier = next((other for other in range(index - 1, -1, -1) if self.policies[other] == "offload"), index)
-        for each in (index, earlier):
-            if each in self.away:
-                self.away.discard(each)
-                num_bytes = self.units[each].offload_bytes
-                self.held_bytes += num_bytes
-                self.returning[each] = self._to_device(num_bytes, self.now)
-
     # -- the end of a step
 
     def _end(self) -> float:
         """Wait for what is under way, update, and let the loop do what it does; return the wait."""
         start_s = self.now
         self._flush_gradients()
-        copies = [landed for _, landed in (*self.landed, *self.sent)]
+        copies = [*(landed for _, landed in self.landed), *self.offloads.under_way]
         if not self.workload.trains:
             copies = [arrival for arrival in self.arrivals if arrival is not None]
         for copying in copies:
@@ -393,8 +376,8 @@ class _Run:
     # -- memory
 
     def _note_peak(self, activations: int, gradients: int, op: Op | None, index: int) -> None:
-        activations += self.held_bytes
+        activations += self.held_bytes - self.offloads.away_bytes
         if activations + gradients > self.peak.gradients + self.peak.activations or not self.peak_at:
             slots = self.num_slots * self.workload.slot_bytes
-            self.peak = PeakBytes(slots, self.workload.anchor_bytes, gradients, activations)
+            self.peak = PeakBytes(slots, self.anchor_bytes, gradients, activations)
             self.peak_at = "turn" if op is None else str(Action(op, index))

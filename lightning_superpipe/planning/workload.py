@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from lightning_superpipe.errors import PlanError
 
-__all__ = ["ALIKE", "Curve", "Setting", "Speeds", "UnitWork", "Workload", "updated_on_device"]
+__all__ = ["ALIKE", "Curve", "Setting", "Speeds", "UnitWork", "Workload", "updated_on_device", "updated_there"]
 
 ALIKE = 1.25
 """A line through two sizes that differ by less than this factor would show noise as a rate."""
@@ -106,6 +106,8 @@ class UnitWork:
         offload_bytes: of ``activation_bytes``, what offloading moves to the host and back.
         forward_bytes: most that its forward takes beside all that is held, its outputs included.
         backward_bytes: most that its backward takes beside all that is held: its own gradients count, others' do not.
+        unfreed_backward_bytes: as ``backward_bytes``, if nothing that its forward saved is let go meanwhile; less where
+            nobody has measured it.
         policies: what may become of its activations.
         splits: whether its batch may be split into micro-batches.
         disk_read_bytes: read from a disk before each load.
@@ -126,6 +128,7 @@ class UnitWork:
     offload_bytes: int = 0
     forward_bytes: int = 0
     backward_bytes: int = 0
+    unfreed_backward_bytes: int = 0
     policies: tuple[str, ...] = ("keep", "recompute", "offload")
     splits: bool = True
     disk_read_bytes: int = 0
@@ -150,6 +153,8 @@ class Workload:
         undisturbed: the loop lets nobody write to weights between steps (as Lightning's without hooks does), so that
             units which no step has changed may stay on the device.
         updates: optimizer steps for each of these steps; less than 1 where gradients accumulate.
+        update_bytes: what updates on the device keep there, if any unit is updated there.
+        kernel_bytes: most that their kernels take beside that.
     """
 
     units: tuple[UnitWork, ...]
@@ -163,6 +168,8 @@ class Workload:
     tokens: int = 0
     undisturbed: bool = False
     updates: float = 1.0
+    update_bytes: int = 0
+    kernel_bytes: int = 0
 
     @property
     def slot_bytes(self) -> int:
@@ -214,3 +221,17 @@ def updated_on_device(first_needed: Sequence[int], share: float) -> frozenset[in
     ([0, 2], [2])
     """
     return frozenset(first_needed[: math.ceil(share * len(first_needed) - 1e-9)])
+
+
+def updated_there(workload: Workload, setting: Setting) -> frozenset[int]:
+    """Return the units that a setting updates on the device: of its share, those of which that is known to work.
+
+    >>> units = (UnitWork("h.0", 1), UnitWork("h.1", 1, update_on_device_s=1.0))
+    >>> sorted(updated_there(Workload(units), Setting(k=1, update_on_device=1.0)))
+    [1]
+    """
+    if not workload.trains or not setting.update_on_device:
+        return frozenset()
+    units = workload.units
+    found = updated_on_device(range(len(units)), setting.update_on_device)
+    return frozenset(index for index in found if units[index].update_on_device_s is not None)

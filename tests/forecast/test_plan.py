@@ -194,3 +194,23 @@ def test_files_take_time_and_no_host_memory(small_machine: MachineProfile) -> No
     assert f"of {NUM_BLOCKS} units stay in host memory" in str(roomy)
     unknown = forecast(replace(small_machine, disks=()), store="disk")
     assert "the profile has no disk" in str(unknown)
+
+
+def test_a_share_of_updates_on_the_device_counts_in_every_window(small_machine: MachineProfile) -> None:
+    without, with_it = (forecast(small_machine, update_on_device=share, k=2, resident=0) for share in (0.0, 0.5))
+    assert {window.setting.update_on_device for window in with_it.windows} == {0.5}
+    assert with_it.choice is not None and "50% of the units on the device" in str(with_it)
+    block = 4 * (WIDTH * WIDTH + WIDTH)
+    for before, now in zip(without.windows, with_it.windows, strict=True):
+        kept = now.prediction.peak.anchors - before.prediction.peak.anchors
+        assert 2 * 4 * block <= kept < 2 * 4 * block * 2, "weights, gradients and two states of two units"
+        assert now.prediction.h2d_bytes > before.prediction.h2d_bytes
+
+
+def test_an_optimizer_that_cannot_be_split_updates_nothing_on_the_device(small_machine: MachineProfile) -> None:
+    with pytest.raises(UnsupportedError, match=r"update_on_device=0\.5 cannot be used with LBFGS"):
+        forecast(small_machine, update_on_device=0.5, optimizer=torch.optim.LBFGS)
+
+
+def test_a_share_that_the_run_will_choose_is_said(small_machine: MachineProfile) -> None:
+    assert "update_on_device='auto' is decided in the run" in str(forecast(small_machine, update_on_device="auto"))

@@ -75,6 +75,16 @@ def test_peak_bytes_where_all_recompute(name: str, tmp_path: Path, small_machine
     assert found.peak.total == pytest.approx(run(module, batch, 2, "recompute").peak.total, rel=RECOMPUTED_SHARE)
 
 
+@pytest.mark.usefixtures("copies_at_once")
+@pytest.mark.parametrize("name", ["fine_tuning", "image_classification_vit", "text_classification"])
+def test_peak_bytes_where_all_offload(name: str, tmp_path: Path, small_machine: MachineProfile) -> None:
+    module, batch = made(RECIPES[name](tmp_path))
+    played = play(module, batch, SuperpipeConfig(k=2))
+    setting = Setting(k=2, activations=("offload",) * len(played.units), update="in_backward")
+    found = simulate(workload_on(small_machine, played), AT_ONCE, setting)
+    assert found.peak.total == pytest.approx(run(module, batch, 2, "offload").peak.total, rel=SHARE)
+
+
 @pytest.mark.parametrize("name", ["language_model", "fine_tuning_lora"])
 def test_host_bytes_are_those_of_the_run(name: str, tmp_path: Path) -> None:
     module, batch = made(RECIPES[name](tmp_path))

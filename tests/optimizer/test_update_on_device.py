@@ -13,8 +13,8 @@ from lightning_superpipe import SuperpipeStrategy, attach
 from lightning_superpipe.config import Adversary, Link, SuperpipeConfig
 from lightning_superpipe.errors import BudgetError, ConfigError, UnsupportedError
 from lightning_superpipe.observe import MachineProfile
+from lightning_superpipe.observe.kernels import with_kernels
 from lightning_superpipe.observe.rates import MemoryRate
-from lightning_superpipe.optimizer.share import with_kernels
 from lightning_superpipe.planning.workload import UnitWork, Workload
 from tests.engine.tiny import batches, chain
 from tests.lightning.test_update import Kept, fitted, is_same, made
@@ -120,14 +120,14 @@ UNIT = UnitWork("h", 100, 80, state_bytes=160, forward_s=0.25, backward_s=0.75, 
 def test_kernels_take_what_the_devices_memory_takes() -> None:
     machine = MachineProfile("emu:0", False, (), (), {}, memory=(MemoryRate(1200, (4.0,)),))
     workload = Workload((UNIT, replace(UNIT, gradient_bytes=0), replace(UNIT, update_s=0.0)))
-    there = [unit.update_on_device_s for unit in with_kernels(workload, torch.device("emu:0"), machine).units]
+    there = [unit.update_on_device_s for unit in with_kernels(workload, machine, shares_memory=False).units]
     assert there == pytest.approx([(80 + 2 * (100 + 160)) / 300, None, None])
-    unknown = with_kernels(workload, torch.device("emu:0"), None)
+    unknown = with_kernels(workload, None, shares_memory=False)
     assert [unit.update_on_device_s for unit in unknown.units] == [0.0, None, None]
 
 
 def test_a_device_that_is_the_host_is_no_faster() -> None:
-    assert with_kernels(Workload((UNIT,)), torch.device("cpu"), None).units[0].update_on_device_s == 3.0
+    assert with_kernels(Workload((UNIT,)), None, shares_memory=True).units[0].update_on_device_s == 3.0
 
 
 @pytest.mark.parametrize("record_step", [None, 2, 3])
@@ -164,6 +164,15 @@ def test_auto_waits_for_an_update_where_gradients_accumulate(accumulate: int, mo
     assert [unit.update_s > 0 for unit in asked[0].units] == [True] * 4
     assert 1 / (accumulate + 4) <= asked[0].updates <= 0.5
     assert candidate.report is not None and candidate.report.num_on_device == 2
+
+
+def test_a_choice_of_the_window_keeps_the_share() -> None:
+    case, plan = chain_case(num_batches=9), Plan("adamw", clip=0.05)
+    options: dict[str, Any] = {"k": "auto", "resident": "auto", "link": Link(h2d_gb_s=1.0, d2h_gb_s=1.0)}
+    candidate = streamed(case, plan=plan, update_on_device=0.5, device_memory="1GiB", **options)
+    assert_same(candidate, streamed(case, plan=plan, update="at_once", adversary=None))
+    assert candidate.report is not None and candidate.report.num_on_device == 2
+    assert "50% of the units on the device" in candidate.report.plan
 
 
 # -- what cannot be

@@ -248,3 +248,38 @@ def test_the_formula_for_tokens_agrees_with_measured_units():
     assert free.tokens == free.samples * tokens
     with pytest.raises(PlanError, match="link_bytes_per_s=0"):
         free_tokens(flops, num_bytes, 0)
+
+
+# -- updates on the device
+
+SHARED = {"update_bytes": 600 * MIB, "kernel_bytes": 100 * MIB}
+
+
+def with_updates_there(n):
+    return replace(model(n, update_on_device_s=0.001), **SHARED)
+
+
+def test_a_share_that_was_asked_for_stays_in_every_setting():
+    asked = Asked(update_on_device=0.25)
+    choice = choose(with_updates_there(12), link(5.0), Limits(3000 * MIB), asked)
+    assert choice.setting.update_on_device == 0.25
+    assert "update after_backward, 25% of the units on the device" in choice.explain()
+    assert choice.prediction == simulate(with_updates_there(12), link(5.0), choice.setting)
+
+
+def test_updates_on_the_device_take_memory():
+    work, none, quarter = with_updates_there(12), Setting(3), Setting(3, update_on_device=0.25)
+    assert needed_bytes(work, quarter).total - needed_bytes(work, none).total == sum(SHARED.values())
+    peaks = [simulate(work, link(5.0), setting).peak for setting in (none, quarter)]
+    assert peaks[1].anchors - peaks[0].anchors == SHARED["update_bytes"]
+    # Without a unit whose update can run there, there is nothing to keep memory for.
+    assert needed_bytes(replace(model(12), **SHARED), quarter) == needed_bytes(replace(model(12), **SHARED), none)
+
+
+def test_what_does_not_fit_beside_updates_on_the_device_is_refused():
+    work = with_updates_there(12)
+    limits, asked = Limits(1000 * MIB), Asked(update_on_device=0.25)
+    assert choose(work, link(5.0), limits).need.total <= 1000 * MIB
+    with pytest.raises(BudgetError, match="of anchors and updates on the device"):
+        choose(work, link(5.0), limits, asked)
+    assert choose(work, link(5.0), Limits(1400 * MIB), asked).need.total > 1000 * MIB

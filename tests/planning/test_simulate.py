@@ -96,7 +96,8 @@ def test_recomputing_takes_a_forward_more_and_holds_inputs_only():
     work = chain(4, weight_bytes=0, forward_s=2.0, backward_s=3.0, activation_bytes=10, input_bytes=1, forward_bytes=12)
     step = simulate(work, FREE, Setting(k=4, activations=("recompute",) * 4))
     assert step.step_s == 4 * (2 + 2 + 3)
-    assert step.peak.activations == 4 * 1 + 12
+    # The inputs of the last unit are held when it is computed again, but the gradients of its outputs are there.
+    assert step.peak.activations == 4 * 1 + (12 - 1) + 1
     assert step.peak_at == "B3"
     assert simulate(work, FREE, Setting(k=4)).peak.activations == 3 * 10 + 12
 
@@ -211,6 +212,17 @@ def test_no_step_is_faster_than_its_bounds(problem, is_duplex):
     speeds = machine(2.0, 1.0, both=machine(0.75).h2d if is_duplex else None)
     step = simulate(workload, speeds, setting)
     assert step.step_s >= step.bound_s - 1e-9
+    assert step.step_s >= StepBounds(workload, speeds).seconds(setting) - 1e-9
+
+
+@thorough
+@given(problems(), st.sampled_from([0.3, 0.6, 1.0]), st.booleans())
+def test_bounds_hold_where_units_are_updated_on_the_device(problem, share, is_undisturbed):
+    workload, setting = problem
+    setting = replace(setting, update="after_backward", update_on_device=share)
+    units = tuple(replace(unit, update_on_device_s=0.5 if unit.gradient_bytes else None) for unit in workload.units)
+    workload, speeds = replace(workload, units=units, undisturbed=is_undisturbed), machine(2.0, 1.0)
+    step = simulate(workload, speeds, setting)
     assert step.step_s >= StepBounds(workload, speeds).seconds(setting) - 1e-9
 
 
