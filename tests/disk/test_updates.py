@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import BudgetError
 from lightning_superpipe.forecast.preview import preview
 from lightning_superpipe.observe.pictures import draw_timeline
-from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.observe.trace import Lane, Recording
 from lightning_superpipe.optimizer.bench import Bench
 from tests.disk.loops import EVERYTHING, NUM_BLOCKS, WIDTH, Left, Model, left, make, step, train
 
@@ -89,6 +90,46 @@ def test_weights_that_an_update_has_left_in_memory_are_not_read_again() -> None:
             read[update] = pipe.report().total.disk_read_bytes
         optimizer.zero_grad()
     assert read["after_backward"] < read["at_once"]
+
+
+def reads_for_updates(recording: Recording) -> int:
+    return sum(span.num_bytes for span in recording.lane(Lane.READ) if span.name == "U")
+
+
+def test_weights_that_backward_has_read_are_not_read_again_for_their_update() -> None:
+    model, optimizer = make()
+    weights = -(-sum(-(-p.nbytes // 256) * 256 for p in model.blocks[0].parameters()) // 4096) * 4096
+    states = -(-2 * sum(-(-p.nbytes // 256) * 256 for p in model.blocks[0].parameters()) // 4096) * 4096
+    ring = {"ring": NUM_BLOCKS}  # has room for all
+    with attach(model, optimizer, device="cpu", k=2, store="disk", disk=ring, record_step=3) as pipe:
+        losses = []
+        for number in range(5):
+            losses.append(step(model, optimizer, number, announced_by=pipe))
+            left(model, optimizer)  # nothing of it runs on under the next step
+        recording = pipe.recording
+    assert left(model, optimizer, losses).equals(train(None, steps=5))
+    assert recording is not None
+    assert reads_for_updates(recording) == NUM_BLOCKS * states + 2 * weights  # of those that stay in slots at the turn
+
+
+def test_weights_that_change_while_they_are_kept_are_read_again() -> None:
+    """A promise about gradients says nothing of weights: here a hook of the user's changes some in backward."""
+
+    def run(store: Any) -> Left:
+        model, optimizer = make()
+        bias = model.blocks[2].up.bias  # which backward does not need
+
+        def halve(_: torch.Tensor) -> None:
+            with torch.no_grad():
+                bias.mul_(0.5)
+
+        model.blocks[2].register_forward_hook(lambda *all_of_it: all_of_it[-1].register_hook(halve) and None)
+        options = {"device": "cpu", "k": 2, "store": store, "disk": {"ring": NUM_BLOCKS}}
+        with contextlib.nullcontext() if store is None else attach(model, optimizer, **options) as pipe:
+            losses = [step(model, optimizer, number, announced_by=pipe) for number in range(4)]
+        return left(model, optimizer, losses)
+
+    assert run("disk").equals(run(None))
 
 
 # -- what stays in memory
