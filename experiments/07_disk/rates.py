@@ -45,8 +45,10 @@ def measure(folder: Path, slab_bytes: int, num_slabs: int, rounds: int) -> Rates
 
 
 def _plainly(call: Callable[[int, list[mmap.mmap], int], int], descriptor: int, size: int, count: int) -> None:
-    """One request after the other, each as large as a unit."""
-    memory = mmap.mmap(-1, size)
+    """One request after the other, each as large as a unit, from memory in large pages."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    memory.write(bytes(size))
     for number in range(count):
         if call(descriptor, [memory], number * size) != size:
             raise OSError("a request came back short")

@@ -246,9 +246,7 @@ class UpdateStage:
         self.num_parts += 1
         delay = self._rng.random() * self._max_delay_ms / 1e3
         if bench is not None and self._stored is not None:
-            unit.pending = self._stored.start(
-                part, bench, partial(self._run, unit.index, delay), after=after, rank=rank
-            )
+            unit.pending = self._stored.start(part, bench, partial(self._run, unit.index, delay), after, rank)
             return
         place = None if self.device is None else self.device.place_for(unit, part)
         done = HostEvent() if place is None else place.ending

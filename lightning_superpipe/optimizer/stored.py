@@ -100,9 +100,13 @@ class StoredUpdates:
         return Part(bench.narrow, optimizer, groups, some, also=also), bench
 
     def _adopt(self, unit: Unit, optimizer: Optimizer) -> None:
-        """Move a unit's states into files; where little of it is trained they stay in memory, as what is trained."""
-        if self.homes is not None and unit.is_mostly_trained and unit.index not in self._in_memory:
+        """Move a unit's states into files, if they belong there."""
+        if self.homes is not None and self._has_home(unit):
             self.homes.adopt(unit, optimizer)
+
+    def _has_home(self, unit: Unit) -> bool:
+        """Whether states live in files; where little of a unit is trained they stay in memory, as what is trained."""
+        return unit.is_mostly_trained and unit.index not in self._in_memory
 
     def start(self, part: Part, bench: Bench, work: Work, after: Event, rank: int) -> Pending:
         """Read, update and write a unit, each as soon as it can be; the end comes in any case, see :class:`Ledger`.
@@ -157,16 +161,18 @@ class StoredUpdates:
             self._memory.give_back(place)
 
     def adopt(self, optimizer: Optimizer, units: Iterable[Unit]) -> None:
-        """Move states that an optimizer has or has loaded into files, and take the room that the others will need.
+        """Move states that an optimizer has or has loaded into files, and take the room that others will need there.
 
         Raises:
             BudgetError: the disk has no room for them.
         """
         if self.homes is None:
             return
-        for unit in units:
-            self._adopt(unit, optimizer)
-        missing = missing_state_bytes(optimizer, with_masters=self._masters is not None)
+        among: set[int] = set()
+        for unit in filter(self._has_home, units):
+            self.homes.adopt(unit, optimizer)
+            among.update(map(id, unit.parameters))
+        missing = missing_state_bytes(optimizer, with_masters=self._masters is not None, among=among)
         self._tier.part("states").reserve(missing)
 
     def finish(self) -> None:

@@ -150,6 +150,7 @@ class Workload:
         undisturbed: the loop lets nobody write to weights between steps (as Lightning's without hooks does), so that
             units which no step has changed may stay on the device.
         updates: optimizer steps for each of these steps; less than 1 where gradients accumulate.
+        ring: buffers between files and memory, for each of loads and updates.
     """
 
     units: tuple[UnitWork, ...]
@@ -163,6 +164,7 @@ class Workload:
     tokens: int = 0
     undisturbed: bool = False
     updates: float = 1.0
+    ring: int = 3
 
     @property
     def slot_bytes(self) -> int:

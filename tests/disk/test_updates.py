@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,32 @@ def test_units_that_host_memory_holds_stay_there_and_are_not_written() -> None:
         assert left(model, optimizer, losses).equals(train(None))
         assert ("no unit stays" in str(report)) == (limit is None)
     assert 0 < written[1] < written[0]
+
+
+def test_disk_is_taken_before_training_and_only_for_units_that_lie_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    take, taken = os.posix_fallocate, []
+
+    def counted(descriptor: int, offset: int, num_bytes: int) -> None:
+        taken.append(num_bytes)
+        take(descriptor, offset, num_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", counted)
+    in_files, reserved, later = [], [], []
+    for limit in (None, ALL_BYTES * 2):
+        taken.clear()
+        model, optimizer = make()
+        with attach(model, optimizer, device="cpu", k=2, store="disk", host_memory=limit) as pipe:
+            reserved.append(sum(taken))
+            for number in range(3):
+                step(model, optimizer, number)
+            later.append(sum(taken) - reserved[-1])
+            stay = re.search(r"(\d+) of \d units stay", str(pipe.report()))
+            in_files.append(NUM_BLOCKS - (int(stay[1]) if stay else 0))
+    unit = sum(parameter.nbytes for parameter in model.blocks[0].parameters())
+    room = [2 * 3 * unit * count for count in in_files]  # weights and two states, and as much to undo a step
+    assert in_files[1] < in_files[0]
+    assert all(least <= found <= 1.1 * least for least, found in zip(room, reserved, strict=True))
+    assert all(more <= 0.05 * found for more, found in zip(later, reserved, strict=True)), "but for whole pages"
 
 
 def test_host_memory_is_kept_whatever_stays_there() -> None:
