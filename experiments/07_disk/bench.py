@@ -158,7 +158,7 @@ def main() -> None:
             result["limit"] = limit(job, options.factor)
         if "rates" in options.stages:
             slab_bytes = 4 * 8 * options.width**2
-            result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS)
+            result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS, small_pages=True)
         if "pace" in options.stages:
             result["pace"] = pace(job._replace(steps=options.pace_steps), folder, options.loops, options.batches)
         if "parts" in options.stages:
@@ -183,7 +183,8 @@ def show(result: dict[str, Any]) -> None:
             f"training state {found['state_bytes'] / MIB:.0f} MiB, limit {found['limit_bytes'] / MIB:.0f} MiB; "
             f"{found['tensors_compared']} tensors equal: {found['is_equal']}"
         )
-    print("\n".join(prediction_lines(result.get("grid", []))))
+    if grid := result.get("grid"):
+        print("\n".join(prediction_lines(grid)))
     for name, rates in result.get("rates", {}).items():
         print(f"{name}: {statistics.median(rates) / 1e9:.2f} GB/s ({min(rates) / 1e9:.2f}-{max(rates) / 1e9:.2f})")
 

@@ -40,16 +40,18 @@ def measure_grid(
     grid: Sequence[Model],
     write_weights: Callable[[Path, int, int, int], None],
     run: Callable[[Job], dict[str, Any]],
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Run each model under each setting; what its units take is measured in a run without files."""
-    rows = []
+    profiles: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     for model in grid:
         initial, slab_bytes = folder / f"grid-{model.width}", 4 * 8 * model.width**2
         write_weights(initial, model.width, model.blocks, 0)
         job = Job(str(initial), "host", batch=model.batch, width=model.width, blocks=model.blocks)
         for k in model.ks:
-            profile = folder / f"profile-{model.width}-{k}.json"
-            run(job._replace(steps=PROFILED_STEPS, k=k, profile=str(profile)))
+            name, file = f"{model.width}, k={k}", folder / "profile.json"
+            run(job._replace(steps=PROFILED_STEPS, k=k, profile=str(file)))
+            profiles[name] = json.loads(file.read_text())
             for ring in model.rings:
                 for loop in UPDATES:
                     rates = measure(folder, slab_bytes, model.blocks, ROUNDS)
@@ -60,8 +62,8 @@ def measure_grid(
                     row |= {"loop": loop, "step_seconds": found["step_seconds"]}
                     row |= {name: found[name] for name in ("read_bytes", "written_bytes")}
                     row |= {f"{way}_b_s": statistics.median(rates[f"store_{way}"]) for way in ("read", "write")}
-                    rows.append(row | {"profile": json.loads(profile.read_text())})
-    return rows
+                    rows.append(row | {"profile": name})
+    return {"profiles": profiles, "rows": rows}
 
 
 def predicted_s(row: dict[str, Any], profile: UnitProfile) -> float:
@@ -72,17 +74,15 @@ def predicted_s(row: dict[str, Any], profile: UnitProfile) -> float:
     return simulate(workload, replace(profile.speeds, **curves), setting).step_s
 
 
-def prediction_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+def prediction_lines(grid: dict[str, Any]) -> list[str]:
     """Return a table of what was measured and what the simulation expects."""
-    if not rows:
-        return []
     lines = [
         "| width x blocks, batch | k | ring | loop | measured | predicted | off by |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in grid["rows"]:
         step_s = statistics.median(row["step_seconds"][NUM_WARM:])
-        found_s = predicted_s(row, UnitProfile.parse(row["profile"]))
+        found_s = predicted_s(row, UnitProfile.parse(grid["profiles"][row["profile"]]))
         lines.append(
             f"| {row['width']} x {row['blocks']}, {row['batch']} | {row['k']} | {row['ring']} | {row['loop']} | "
             f"{step_s:.2f} | {found_s:.2f} | {found_s / step_s - 1:+.0%} |"

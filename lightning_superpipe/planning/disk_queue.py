@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from lightning_superpipe.planning.workload import Curve, Speeds, UnitWork, Workload
+from lightning_superpipe.planning.workload import Curve, Setting, Speeds, UnitWork, Workload
 
 __all__ = ["DiskLoad", "DiskQueue", "DiskUpdate", "ReadAhead", "files_of"]
 
@@ -71,6 +71,7 @@ class DiskQueue:
         read, write: of one request, alone.
         num_places: updates between the begin of their read and the end of their write; as many units' weights are
             kept from a backward to their update.
+        hands_over: loads find what updates have left; not where all are over before anything is loaded.
 
     >>> disk = DiskQueue(Curve.steady(10.0), Curve.steady(10.0), 2)
     >>> unit = UnitWork("h", 10, update_s=1.0, disk_read_bytes=10, disk_update_bytes=20, disk_write_bytes=20)
@@ -82,8 +83,8 @@ class DiskQueue:
     (6.0, 5.0)
     """
 
-    def __init__(self, read: Curve, write: Curve, num_places: int) -> None:
-        self.read, self.write, self._num_places = read, write, num_places
+    def __init__(self, read: Curve, write: Curve, num_places: int, *, hands_over: bool = True) -> None:
+        self.read, self.write, self._num_places, self._hands_over = read, write, num_places, hands_over
         self.now_s = self.busy_s = self.host_s = 0.0
         self._loads: deque[DiskLoad] = deque()
         self._waiting: list[DiskUpdate] = []
@@ -176,7 +177,9 @@ class DiskQueue:
 
     def _is_in_memory(self, update: DiskUpdate | None) -> bool:
         """Whether an update's place has not been taken by another since."""
-        return update is not None and update.leaves_weights and self._num_begun - update.turn < self._num_places
+        if update is None or not (self._hands_over and update.leaves_weights):
+            return False
+        return self._num_begun - update.turn < self._num_places
 
     def _end(self) -> None:
         """Let each thread hand on what it has done."""
@@ -234,9 +237,11 @@ class ReadAhead:
                 self._ahead.append((unit, self.disk.load(unit, now_s, self._units[unit])))
 
 
-def files_of(workload: Workload, speeds: Speeds) -> ReadAhead | None:
+def files_of(workload: Workload, speeds: Speeds, setting: Setting) -> ReadAhead | None:
     """Return the way from files; None where nothing lies there, or no disk was measured."""
     has_files = any(unit.disk_read_bytes or unit.disk_update_bytes for unit in workload.units)
     if not has_files or speeds.disk_read is None or speeds.disk_write is None:
         return None
-    return ReadAhead(DiskQueue(speeds.disk_read, speeds.disk_write, workload.ring), workload.units, workload.ring)
+    hands_over = setting.update != "at_once"
+    disk = DiskQueue(speeds.disk_read, speeds.disk_write, workload.ring, hands_over=hands_over)
+    return ReadAhead(disk, workload.units, workload.ring)

@@ -89,7 +89,7 @@ class _Run:
         self.device, self.under_way = DeviceUpdates(self.link, self._count_update), dict[int, DeviceUpdate]()
         self.in_slots: frozenset[int] = frozenset()
         self.limit_bytes = gradient_limit_bytes(workload)
-        self.files = files_of(workload, speeds)
+        self.files = files_of(workload, speeds, setting)
         self.now = self.host_free_s = 0.0
         self.updated_s = [0.0] * n
         self.arrivals: list[Copying | DiskLoad | None] = [None] * n
