@@ -62,6 +62,7 @@ def run(job: Job) -> dict[str, Any]:
 def limit(job: Job, factor: float) -> dict[str, Any]:
     """Train with a memory limit below the training state, and without files or limit; compare the bits."""
     state_bytes = BYTES_PER_PARAMETER * 8 * job.width**2 * job.blocks
+    job = job._replace(watches=True)
     limited = run(job._replace(store=ALL_IN_FILES, limit_bytes=int(state_bytes / factor)))
     plain = run(job._replace(store=None))
     sums = limited.pop("sums"), plain.pop("sums")

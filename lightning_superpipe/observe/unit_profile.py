@@ -81,7 +81,7 @@ class UnitProfile:
 
     @classmethod
     def _from_dict(cls, state: dict[str, Any]) -> UnitProfile:
-        work = state.pop("workload")
+        work = dict(state.pop("workload"))
         units = tuple(UnitWork(**{**unit, "policies": tuple(unit["policies"])}) for unit in work.pop("units"))
         setting = state.pop("setting")
         return cls(
