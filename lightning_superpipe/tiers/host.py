@@ -20,7 +20,7 @@ class HostSlab(Slab):
     """Anonymous private pages, so that no allocator rounds them up to a power of two; large ones where there are such.
 
     A direct request to a disk looks up each page of its memory: with large pages it takes a quarter of the processor's
-    time, and writes are up to twice as fast (experiments/07_disk).
+    time, and is two to three times as fast (experiments/07_disk).
     """
 
     def __init__(self, num_bytes: int, *, pin: bool) -> None:
