@@ -71,9 +71,9 @@ class Disk:
             temporary folder is memory itself.
         keep: leave weights and optimizer states in ``folder`` when the run ends, with a checksum for each tensor;
             :func:`lightning_superpipe.open_kept` reads them. Needs ``folder``. Otherwise no file outlives the run.
-        ring: buffers in host memory between disk and device, each as large as the largest unit, and as many between
-            disk and update, each as large as a unit's weights and states; ``"auto"``: 3, or 2 where ``host_memory``
-            holds no more. What it holds beyond them goes to whole units, which then stay in memory.
+        ring: buffers in host memory between disk and device, as many for weights that stay from backward to their
+            update (each as large as the largest unit), and as many between disk and update (weights and states);
+            ``"auto"``: 3, or 2 where ``host_memory`` holds no more. Beyond them it holds whole units.
         requests: reads or writes of one unit under way at once.
         undo: write each update beside the bytes of the step before, so that a step whose read or write fails is undone
             as a whole; files are twice as large, no byte more is written. Weights or states that are in host memory are

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare import GRID, measure_grid, prediction_lines
 from limits import remove_group
 from rates import measure
 from safetensors.torch import save_file
@@ -27,7 +28,7 @@ from lightning_superpipe.observe.trace import software_versions
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
-STAGES = ("limit", "rates", "pace")
+STAGES = ("limit", "rates", "pace", "grid", "parts")
 IN_FILES = {"weights": "disk", "states": "disk"}
 ALL_IN_FILES = {**IN_FILES, "gradients": "disk"}
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two states, float32
@@ -61,6 +62,7 @@ def run(job: Job) -> dict[str, Any]:
 def limit(job: Job, factor: float) -> dict[str, Any]:
     """Train with a memory limit below the training state, and without files or limit; compare the bits."""
     state_bytes = BYTES_PER_PARAMETER * 8 * job.width**2 * job.blocks
+    job = job._replace(watches=True)
     limited = run(job._replace(store=ALL_IN_FILES, limit_bytes=int(state_bytes / factor)))
     plain = run(job._replace(store=None))
     sums = limited.pop("sums"), plain.pop("sums")
@@ -102,6 +104,25 @@ def pace(job: Job, folder: Path, loops: list[str], batches: list[int]) -> list[d
     return rows
 
 
+def parts(job: Job, batches: list[int]) -> list[dict[str, Any]]:
+    """Time the same steps without streaming, streamed from host memory, and from files; with each thread's work."""
+    rows = []
+    for batch in batches:
+        for loop, store in (("plain", None), ("plain", "host"), *((loop, IN_FILES) for loop in LOOPS[:2])):
+            found = run(job._replace(batch=batch, store=store, announces=loop == "announced"))
+            row = {"batch": batch, "loop": loop, "store": store, "step_s": statistics.median(found["step_seconds"][2:])}
+            row["stall_s"] = found.get("stall_seconds", 0.0)
+            cpu = {name: seconds / job.steps for name, seconds in found.get("cpu_seconds", {}).items()}
+            row["beside_s"] = sum(seconds for name, seconds in cpu.items() if name.startswith("superpipe"))
+            rows.append(row | {"cpu_s_per_step": cpu})
+            print(
+                f"batch {batch}, {loop}, {store or 'ordinary'}: step {row['step_s']:.2f} s, of which compute waits "
+                f"{row['stall_s']:.2f} s; threads beside it {row['beside_s']:.2f} s",
+                flush=True,
+            )
+    return rows
+
+
 def _pace_line(row: dict[str, Any]) -> str:
     return (
         f"{row['loop']}, batch {row['batch']}: step {row['step_s']:.2f} s, compute {row['compute_s']:.2f} s, "
@@ -113,6 +134,7 @@ def _pace_line(row: dict[str, Any]) -> str:
 def main() -> None:
     """Run the stages, show what they give, and write it down if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--table", type=Path, nargs="*", help="result files: predict their grids anew, run nothing")
     parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES)
     parser.add_argument("--blocks", type=int, default=96, help="of 8 * width ** 2 parameters")
     parser.add_argument("--width", type=int, default=512)
@@ -124,6 +146,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="on a disk; a temporary one if left out")
     parser.add_argument("--out", type=Path, help="folder for the result file, from this script's folder; none if left")
     options = parser.parse_args()
+    if options.table:
+        for path in options.table:
+            print("\n".join(prediction_lines(json.loads(path.read_text())["grid"])))
+        return
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder, seed = Path(name), 0
@@ -133,9 +159,13 @@ def main() -> None:
             result["limit"] = limit(job, options.factor)
         if "rates" in options.stages:
             slab_bytes = 4 * 8 * options.width**2
-            result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS)
+            result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS, small_pages=True)
         if "pace" in options.stages:
             result["pace"] = pace(job._replace(steps=options.pace_steps), folder, options.loops, options.batches)
+        if "parts" in options.stages:
+            result["parts"] = parts(job._replace(steps=options.pace_steps), options.batches)
+        if "grid" in options.stages:
+            result["grid"] = measure_grid(folder, GRID, write_weights, run)
     show(result)
     if options.out is not None:
         print(save(result, options))
@@ -154,6 +184,8 @@ def show(result: dict[str, Any]) -> None:
             f"training state {found['state_bytes'] / MIB:.0f} MiB, limit {found['limit_bytes'] / MIB:.0f} MiB; "
             f"{found['tensors_compared']} tensors equal: {found['is_equal']}"
         )
+    if grid := result.get("grid"):
+        print("\n".join(prediction_lines(grid)))
     for name, rates in result.get("rates", {}).items():
         print(f"{name}: {statistics.median(rates) / 1e9:.2f} GB/s ({min(rates) / 1e9:.2f}-{max(rates) / 1e9:.2f})")
 
@@ -162,15 +194,15 @@ def save(result: dict[str, Any], options: argparse.Namespace) -> Path:
     """Write the numbers and where they come from."""
     folder: Path = HERE / options.out
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [*options.stages]
-    if "pace" in parts:
-        parts += [*options.loops, *map(str, options.batches)]
-    path = folder / f"{platform.machine()}-{'-'.join(parts)}-{date.today()}.json"
+    words = [*options.stages]
+    if "pace" in words:
+        words += [*options.loops, *map(str, options.batches)]
+    path = folder / f"{platform.machine()}-{'-'.join(words)}-{date.today()}.json"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     place = ["--folder", str(options.folder)]  # is this machine's business
-    words = [word for word in sys.argv[1:] if word not in place]
+    given = [word for word in sys.argv[1:] if word not in place]
     content = {
-        "command": " ".join(["python", "experiments/07_disk/bench.py", *words]),
+        "command": " ".join(["python", "experiments/07_disk/bench.py", *given]),
         "machine": {"cores": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()},
         "versions": software_versions(),
         "seed": 0,

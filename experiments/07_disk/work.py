@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 import time
@@ -30,6 +31,10 @@ class Job(NamedTuple):
         announces: the plain loop promises to look at no gradient before the step, which lets units be updated too.
         record_step: recorded, see :class:`SuperpipeConfig`.
         trace: file for the recording.
+        k: units on the device at once.
+        ring: buffers between disk and memory; None leaves it open.
+        profile: file for what the run measures of its units.
+        watches: its memory is sampled, which takes a tenth of a core.
     """
 
     folder: str
@@ -45,6 +50,10 @@ class Job(NamedTuple):
     announces: bool = False
     record_step: int | None = None
     trace: str | None = None
+    k: int = 2
+    ring: int | None = None
+    profile: str | None = None
+    watches: bool = False
 
 
 class Watch:
@@ -104,9 +113,9 @@ def train(job: Job) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(job.seed)
     pipe = None
     if job.store is not None:
-        pipe = attach(
-            model, optimizer, device="cpu", k=2, store=job.store, update=job.update, record_step=job.record_step
-        )
+        options = {"store": job.store, "update": job.update, "record_step": job.record_step}
+        options |= {} if job.ring is None else {"disk": {"ring": job.ring}}
+        pipe = attach(model, optimizer, device="cpu", k=job.k, **options)
     losses, seconds = [], []
     for _ in range(job.steps):
         start = time.perf_counter()
@@ -124,6 +133,9 @@ def train(job: Job) -> dict[str, Any]:
         found |= {"stall_seconds": report.last_step.stall_seconds}
         if job.trace is not None and pipe.recording is not None:
             pipe.recording.save(job.trace)
+        if job.profile is not None and (profile := pipe.unit_profile()) is not None:
+            profile.save(job.profile)
+        found["cpu_seconds"] = _cpu_seconds()  # of all steps
     found["sums"] = [_sum(value) for value in _tensors(model, optimizer)]
     if pipe is not None:
         pipe.close()
@@ -168,6 +180,14 @@ def train_by_trainer(job: Job) -> dict[str, Any]:
     return found
 
 
+def _cpu_seconds() -> dict[str, float]:
+    """Processor time of each thread that is alive, by its name."""
+    tick = os.sysconf("SC_CLK_TCK")
+    files = {each.name: Path(f"/proc/self/task/{each.native_id}/stat") for each in threading.enumerate()}
+    fields = {name: file.read_text().rpartition(")")[2].split() for name, file in files.items()}
+    return {name: (int(each[11]) + int(each[12])) / tick for name, each in fields.items()}
+
+
 def _tensors(model: Any, optimizer: Any) -> Iterator[Any]:
     for parameter in model.parameters():
         yield parameter.detach()
@@ -189,10 +209,11 @@ def main() -> None:
     """Do the job of the command line."""
     job = Job(**json.loads(sys.argv[1]))
     by = limit_memory(job.limit_bytes) if job.limit_bytes else "none"  # before anything large is imported
-    watch = Watch()
+    watch = Watch() if job.watches else None
     found = train_by_trainer(job) if job.with_trainer else train(job)
-    peaks = {"own_bytes": watch.peak_own_bytes, "resident_bytes": watch.peak_resident_bytes}
-    print(json.dumps({**found, **peaks, "limited_by": by}))
+    if watch is not None:
+        found |= {"own_bytes": watch.peak_own_bytes, "resident_bytes": watch.peak_resident_bytes}
+    print(json.dumps({**found, "limited_by": by}))
 
 
 if __name__ == "__main__":

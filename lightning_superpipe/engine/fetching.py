@@ -1,13 +1,15 @@
 """Fetching: the hop from files to host memory that precedes a copy to the device, or an update.
 
 A few buffers, used again and again. Units on their way to the device are read by a thread of their own, in the order of
-the plan; where buffers are free it reads ahead of the slots.
+the plan; where buffers are free it reads ahead of the slots. What is read for a backward that an update follows stays
+in its buffer until then, and is updated and written from there.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,20 +23,39 @@ from lightning_superpipe.errors import TransferError
 from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.tiers import Slab, StoredSlab, Tier
 
-__all__ = ["Buffer", "FetchRing", "Fetched", "Ring"]
+__all__ = ["Buffer", "FetchRing", "Fetched", "Kept", "Place", "Ring"]
 
 
-class Buffer:
-    """Host memory that begins at a page; ``free_after`` is the end of what last reads or writes it."""
+class Place:
+    """Host memory that begins at a page. What was left there may be read until somebody else has taken it.
+
+    Attributes:
+        turn: counts who has taken it.
+        lock: held by whoever reads what was left, and for a moment by who takes it.
+    """
 
     def __init__(self, slab: Slab) -> None:
         self.slab = slab
-        self.free_after: Event = Past()
-        self.holder: Unit | None = None
+        self.turn = 0
+        self.lock = threading.Lock()
 
     def piece(self, start: int, num_bytes: int) -> Tensor:
         """A part of the memory, shape (num_bytes,), uint8."""
         return self.slab.bytes[start : start + num_bytes]
+
+    def begin_turn(self) -> None:
+        """Somebody takes it: what was left there is gone."""
+        with self.lock:
+            self.turn += 1
+
+
+class Buffer(Place):
+    """A place of a ring; ``free_after`` is the end of what last reads or writes it."""
+
+    def __init__(self, slab: Slab) -> None:
+        super().__init__(slab)
+        self.free_after: Event = Past()
+        self.holder: Unit | None = None
 
 
 class Ring:
@@ -55,6 +76,7 @@ class Ring:
             buffer = Buffer(self._tier.allocate(num_bytes))
         elif (buffer := next((each for each in self._buffers if each.holder is None), None)) is None:  # type: ignore[assignment]
             return None
+        buffer.begin_turn()
         if buffer.slab.num_bytes < num_bytes:
             with contextlib.suppress(Exception):  # who waits for a failed copy is told
                 buffer.free_after.synchronize()
@@ -62,11 +84,6 @@ class Ring:
             buffer.slab = self._tier.allocate(num_bytes)
         self._buffers = [*(each for each in self._buffers if each is not buffer), buffer]
         return buffer
-
-    @property
-    def num_free(self) -> int:
-        """Buffers that nobody holds."""
-        return self.num_buffers - sum(each.holder is not None for each in self._buffers)
 
     def close(self) -> None:
         self._buffers.clear()
@@ -84,23 +101,46 @@ class Fetched(NamedTuple):
         self.buffer.free_after, self.buffer.holder = event, None
 
 
+class Kept(NamedTuple):
+    """Weights that stay in a buffer for their update.
+
+    Attributes:
+        slab: whose bytes they are.
+        copied: the end of their copy to the device.
+        stamp: of the unit when they were read, see :meth:`Unit.trust`.
+    """
+
+    buffer: Buffer
+    slab: StoredSlab
+    copied: Event
+    stamp: tuple[object, ...]
+
+
 class FetchRing:
     """Reads stored units, in the order in which they are asked for.
 
     Args:
         tier: gives the buffers.
+        num_buffers: for units on their way to the device; as many more, made when needed, for those that are kept.
         lanes: their recorder is told of reads.
 
     Attributes:
         num_ahead: fetches that had begun before a slot was free.
+        num_claimed: updates that found their weights in memory.
+        awaited: units that will be updated as soon as their gradients are home.
     """
 
     def __init__(self, tier: Tier, num_buffers: int, lanes: Lanes) -> None:
         self._ring, self._lanes = Ring(tier, num_buffers), lanes
+        self._num_buffers = self._num_kept = num_buffers
         self._lane = HostLane("superpipe-read")
         self._ahead: dict[int, Fetched] = {}
+        self._kept: dict[int, Kept] = {}
+        self._num_lent = 0
+        self._lock = threading.Lock()
         self._room_bytes = 0
-        self.num_ahead = 0
+        self.num_ahead = self.num_claimed = 0
+        self.awaited: Container[int] = ()
 
     def note_sizes(self, units: Sequence[Unit]) -> None:
         """Units were installed: buffers are as large as the largest."""
@@ -121,7 +161,7 @@ class FetchRing:
     def look_ahead(self, units: Iterable[Unit]) -> None:
         """Start reading units that will be needed next, as far as buffers allow; one stays for surprises."""
         for unit in units:
-            if self._ring.num_free < 2:
+            if self._num_buffers - len(self._ahead) < 2:
                 return
             if unit.stored is None or unit.index in self._ahead or (fetched := self._start(unit)) is None:
                 continue
@@ -160,8 +200,59 @@ class FetchRing:
         if self._lanes.recorder is not None:
             self._lanes.recorder.span(Lane.READ, "P", unit.index, start, now(), target.numel())
 
+    # -- what stays for an update
+
+    def release(self, unit: Unit, fetched: Fetched, copied: Event) -> None:
+        """The bytes are needed until they are copied; where the unit's update comes next, keep them for that."""
+        slab = unit.stored
+        if unit.index not in self.awaited or slab is None or unit.pending is not None:
+            fetched.hold_until(copied)
+            return
+        with self._lock:
+            self._ring.num_buffers = self._num_buffers + self._num_kept
+            self._drop(unit.index)
+            if len(self._kept) + self._num_lent >= self._num_kept and self._kept:
+                self._drop(next(iter(self._kept)))  # the oldest: the next forward needs it last
+            if self._num_lent == self._num_kept:
+                fetched.hold_until(copied)
+                return
+            fetched.buffer.free_after, fetched.buffer.holder = copied, unit
+            self._kept[unit.index] = Kept(fetched.buffer, slab, copied, unit.trust())
+
+    def kept(self, unit: Unit) -> Kept | None:
+        """What was kept of a unit whose update begins, if nothing has changed since."""
+        with self._lock:
+            found = self._kept.get(unit.index)
+            if found is None or (found.slab is unit.stored and unit.pending is None and found.stamp == unit.trust()):
+                return found
+            self._drop(unit.index)
+            return None
+
+    def claim(self, kept: Kept) -> bool:
+        """Take what was kept, to be changed in place; False if it had to make room. From any thread."""
+        kept.copied.synchronize()
+        with self._lock:
+            index = next((index for index, each in self._kept.items() if each is kept), None)
+            if index is None:
+                return False
+            del self._kept[index]
+            self._num_lent += 1
+            self.num_claimed += 1
+        return True
+
+    def give_back(self, kept: Kept) -> None:
+        """What was claimed is not needed any more, though it may be read until somebody takes the buffer."""
+        with self._lock:
+            self._num_lent -= 1
+            kept.buffer.free_after, kept.buffer.holder = Past(), None
+
+    def _drop(self, index: int) -> None:
+        if (kept := self._kept.pop(index, None)) is not None:
+            kept.buffer.holder = None
+
     def close(self) -> None:
         """Finish what is under way and end the thread."""
         self._lane.close()
         self._ahead.clear()
+        self._kept.clear()
         self._ring.close()

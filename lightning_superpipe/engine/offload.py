@@ -2,6 +2,12 @@
 
 One batch of parcels for each call. A batch is sent when the next call begins, so that what the last unit saved never
 travels; its device memory is let go one call later. In backward the batches come back in the opposite order, one ahead.
+
+Where activations live in files, copies go through the files' mappings and not past the page cache as weights and states
+do: a storage has any size and a graph may keep it after the session, so that its bytes must be an ordinary tensor at
+all times; a direct write would take a buffer and a copy for each of many small storages; and most of them are read back
+within the same step, from the page cache, before the system has written them at all. The cache gives its memory back
+when somebody needs it.
 """
 
 from __future__ import annotations

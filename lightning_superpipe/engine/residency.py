@@ -40,6 +40,7 @@ class Residency:
         staging: where units that are cast or lie in files wait for their copy.
 
     Attributes:
+        fetches: the way from files; None where no unit lies in one.
         last_copy: end of the newest copy that reads host memory.
         num_loads: copies of a unit to the device.
         num_plan_misses: loads that no plan had asked for, when their unit was needed.
@@ -58,7 +59,7 @@ class Residency:
         unbind: Callable[[Unit], None],
         staging: Staging,
     ) -> None:
-        self._staging, self._fetches = staging.casts, staging.fetches
+        self._staging, self.fetches = staging.casts, staging.fetches
         self.units, self.slots, self.lanes, self.follower, self._unbind = units, slots, lanes, follower, unbind
         self._casts = casts
         self.last_copy: Event | None = None
@@ -137,7 +138,7 @@ class Residency:
         fences = [slot.free_after, None if pending is None else pending.done]
         with raw_tensors():
             self._move_twins(unit, slot)
-            fetched = self._fetches.fetch(unit) if self._fetches is not None and unit.stored is not None else None
+            fetched = self.fetches.fetch(unit) if self.fetches is not None and unit.stored is not None else None
             host_bytes = None if fetched is None else fetched.bytes
             if fetched is not None:
                 fences.append(fetched.ready)
@@ -154,8 +155,8 @@ class Residency:
             copies += self._copies_to_stashed(unit, staged)
         passed = [event for event in fences if event is not None]
         unit.arrival = self.last_copy = self.lanes.h2d(copies, after=passed, label=Label("P", unit.index, unit.name))
-        if fetched is not None:
-            fetched.hold_until(unit.arrival if staged is None else staged.ready)
+        if fetched is not None and self.fetches is not None:
+            self.fetches.release(unit, fetched, unit.arrival if staged is None else staged.ready)
         if staged is not None:
             staged.hold_until(unit.arrival)
         unit.stamp = unit.current_stamp()
@@ -166,13 +167,13 @@ class Residency:
 
     def look_ahead(self) -> None:
         """Let units that the plan loads next be read from their files, though no slot is free for them yet."""
-        if self._fetches is not None:
-            self._fetches.look_ahead(self.units[index] for index in self.follower.next_loads())
+        if self.fetches is not None:
+            self.fetches.look_ahead(self.units[index] for index in self.follower.next_loads())
 
     def note_installed(self) -> None:
         """Units have got their slabs, or others."""
-        if self._fetches is not None:
-            self._fetches.note_sizes(self.units)
+        if self.fetches is not None:
+            self.fetches.note_sizes(self.units)
 
     def _copies_to_stashed(self, unit: Unit, staged: Staged | None) -> list[Copy]:
         """What to copy into twins that own their memory; graphs that hold one see a new version, as without us."""
@@ -248,6 +249,7 @@ class Residency:
                 with raw_tensors():
                     write_home(host.data, twin.data)
                 unit.versions[index] = twin._version
+                unit.num_doubts += 1
                 self.num_copied_back += 1
 
     def part_with_stashed(self, unit: Unit) -> None:
@@ -275,8 +277,8 @@ class Residency:
     def close(self) -> None:
         """Evict everything; twins in graphs that are still alive keep their shape and hold one element."""
         self._staging.close()
-        if self._fetches is not None:
-            self._fetches.close()
+        if self.fetches is not None:
+            self.fetches.close()
         for unit in self.units:
             if unit.slot is not None:
                 self.copy_back(unit)

@@ -41,6 +41,7 @@ class Unit:
         dtypes, offsets, num_bytes: of the parameters on the device.
         host_offsets, host_bytes: in host memory.
         is_mostly_trained: more of its bytes are trained than frozen.
+        num_doubts: how often the host's bytes may have been written to without a trace.
     """
 
     def __init__(
@@ -59,17 +60,15 @@ class Unit:
         self._make_twin = make_twin
         self.slot: Slot | None = None
         self.arrival: Event | None = None
-        self.num_active = 0
+        self.num_active = self.num_doubts = self.epoch = 0
         self.is_bound = False
         self.stamp: tuple[object, ...] | Pending | None = None
-        self.epoch = 0
         self.pending: Pending | None = None
         self.in_slot: Pending | None = None
         self._fetched_stamp: tuple[object, ...] | Pending | None = None
         self._slab: Slab | None = None
         self._stays: set[int] = set()
         self.is_mostly_trained = True
-        self.twins: list[nn.Parameter | None] = []
         self.scan()
 
     # -- what belongs to the unit
@@ -97,7 +96,7 @@ class Unit:
         self.is_cast = any(map(self._wire.casts, self.parameters))
         self.offsets, self.num_bytes = lay_out(self.parameters, self._wire)
         self.host_offsets, self.host_bytes = lay_out(self.parameters)
-        self.twins = [None] * len(self.parameters)
+        self.twins: list[nn.Parameter | None] = [None] * len(self.parameters)
         self._base_references = [0] * len(self.parameters)
         self.versions: list[int] = []
         self.host_versions: list[int] = []
@@ -218,6 +217,10 @@ class Unit:
         with unfenced():
             return (epoch, *((p._version, p.data_ptr()) for p in self.parameters))
 
+    def trust(self) -> tuple[object, ...]:
+        """Equal returns mean that nothing can have written to the host's bytes in between; no update is under way."""
+        return (self.num_doubts, self.settled_stamp())
+
     def note_fetched(self) -> None:
         """The host bytes are on their way into memory, behind the update under way."""
         self._fetched_stamp = self.current_stamp()
@@ -233,6 +236,7 @@ class Unit:
         been waited for.
         """
         self._fetched_stamp = None
+        self.num_doubts += 1
         if self.pending is None or self.stamp is not self.pending:
             self.stamp = None
 

@@ -43,4 +43,4 @@ def in_files(workload: Workload, config: SuperpipeConfig, need: HostNeed, speeds
     if speeds.disk_read is None:
         remarks.append("files take no time, for the profile has no disk (superpipe profile disk=FOLDER)")
     host = need_beside_files(config, need, sizes, files)
-    return InFiles(with_files(workload, kinds, files.in_memory), host, tuple(remarks))
+    return InFiles(with_files(workload, kinds, files.in_memory, ring=files.ring), host, tuple(remarks))

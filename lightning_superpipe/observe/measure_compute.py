@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -98,7 +99,9 @@ def measure_disk(folder: Path, num_bytes: int, num_samples: int = 3) -> tuple[Di
         SuperpipeError: the folder cannot be written.
     """
     size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    buffer = mmap.mmap(-1, size)  # begins at a page, as direct transfers ask
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # begins at a page, as direct ones ask
+    with contextlib.suppress(AttributeError, OSError):  # as the engine's buffers; other systems have no large pages
+        buffer.madvise(mmap.MADV_HUGEPAGE)
     buffer.write(os.urandom(min(size, 1 << 20)) * (size // min(size, 1 << 20)))
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="superpipe-disk-") as place:

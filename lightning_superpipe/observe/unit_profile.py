@@ -61,10 +61,7 @@ class UnitProfile:
             SuperpipeError: the file holds something else.
         """
         try:
-            state = json.loads(Path(path).read_text(encoding="utf-8"))
-            if (state["format"], state["version"]) != (_FORMAT, _FORMAT_VERSION):
-                raise ValueError("its format or version is another")
-            return cls._from_dict({field.name: state[field.name] for field in fields(cls) if field.name in state})
+            return cls.parse(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError, SuperpipeError) as error:
             raise SuperpipeError(
                 f"{str(path)!r} is not a unit profile of this version ({error!r}). Load one that UnitProfile.save "
@@ -72,8 +69,19 @@ class UnitProfile:
             ) from error
 
     @classmethod
+    def parse(cls, state: dict[str, Any]) -> UnitProfile:
+        """Return the profile that was saved as this.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError, SuperpipeError: it is something else.
+        """
+        if (state["format"], state["version"]) != (_FORMAT, _FORMAT_VERSION):
+            raise ValueError("its format or version is another")
+        return cls._from_dict({field.name: state[field.name] for field in fields(cls) if field.name in state})
+
+    @classmethod
     def _from_dict(cls, state: dict[str, Any]) -> UnitProfile:
-        work = state.pop("workload")
+        work = dict(state.pop("workload"))
         units = tuple(UnitWork(**{**unit, "policies": tuple(unit["policies"])}) for unit in work.pop("units"))
         setting = state.pop("setting")
         return cls(

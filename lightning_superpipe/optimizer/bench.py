@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_superpipe.engine.fetching import FetchRing, Kept, Place
 from lightning_superpipe.engine.lanes import now
 from lightning_superpipe.engine.pending import unfenced
 from lightning_superpipe.engine.unit import Unit
@@ -17,7 +18,6 @@ from lightning_superpipe.observe.trace import Lane, Recorder
 from lightning_superpipe.optimizer.ledger import Ledger
 from lightning_superpipe.optimizer.separable import Member
 from lightning_superpipe.optimizer.stand_ins import StandIn
-from lightning_superpipe.optimizer.work_memory import Place
 from lightning_superpipe.tiers import StoredSlab
 
 __all__ = ["Bench", "StepOn"]
@@ -35,6 +35,7 @@ class Bench:
         some: what is updated.
         states: slab of the states; None where none are in files yet.
         step_on: runs the step, see :func:`stand_ins.step_on`.
+        fetches: may hold the weights still, from the backward that the update follows.
         can_undo: the step may be undone; otherwise what is in memory is changed where it is.
 
     Attributes:
@@ -42,7 +43,14 @@ class Bench:
     """
 
     def __init__(
-        self, unit: Unit, some: Sequence[Member], states: StoredSlab | None, step_on: StepOn, *, can_undo: bool
+        self,
+        unit: Unit,
+        some: Sequence[Member],
+        states: StoredSlab | None,
+        step_on: StepOn,
+        fetches: FetchRing | None,
+        *,
+        can_undo: bool,
     ) -> None:
         self.unit, self._states, self._step_on = unit, states, step_on
         stored = {id(parameter) for parameter in unit.in_slab()}
@@ -54,6 +62,9 @@ class Bench:
         self._num_weight_bytes = 0 if self._weights is None else self._weights.room_bytes
         in_slab = set(range(len(unit.parameters))) - set(unit.strays())
         self._in_file = in_slab if self._weights is not None else set()
+        self._fetches = fetches
+        self._kept: Kept | None = None
+        self._weights_at: Place | None = None
         self._place: Place | None = None
         self._turn = 0
         self._published: Ledger | None = None
@@ -67,6 +78,11 @@ class Bench:
         """Bytes of the place that it needs."""
         return self._num_weight_bytes + (0 if self._states is None else self._states.room_bytes)
 
+    def note_kept(self) -> None:
+        """The gradients are complete: use the weights that backward has left in memory, if they are there then."""
+        if self._fetches is not None and self._weights is not None:
+            self._kept = self._fetches.kept(self.unit)
+
     # -- the three threads
 
     def fetch(self, place: Place, recorder: Recorder | None) -> None:
@@ -76,12 +92,24 @@ class Bench:
             place: to work in, until :meth:`publish` has returned.
             recorder: is told of reads, if there is one.
         """
-        self._place, self._turn = place, place.turn
+        self._place = self._weights_at = place
+        if self._kept is not None and self._fetches is not None and self._fetches.claim(self._kept):
+            self._weights_at = self._kept.buffer
+        else:
+            self._kept = None
+        self._turn = self._weights_at.turn
         for slab, memory in self._pieces():
+            if self._kept is not None and slab is self._weights:
+                continue
             start = now()
             slab.fetch(memory)
             if recorder is not None:
                 recorder.span(Lane.READ, "U", self.unit.index, start, now(), memory.numel())
+
+    def give_back(self) -> None:
+        """Nothing works here any more."""
+        if self._kept is not None and self._fetches is not None and self._weights_at is self._kept.buffer:
+            self._fetches.give_back(self._kept)
 
     def narrow(
         self, optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member]
@@ -135,7 +163,7 @@ class Bench:
             slab: whose bytes are wanted.
             target: shape (slab.room_bytes,), uint8.
         """
-        place, ledger = self._place, self._published
+        place, ledger = self._weights_at, self._published
         if place is None or ledger is None or ledger.has_failed or slab is not self._weights:
             return False
         with place.lock:
@@ -148,10 +176,10 @@ class Bench:
 
     def _pieces(self) -> list[tuple[StoredSlab, Tensor]]:
         """The slabs, and their parts of the place."""
-        assert self._place is not None, "fetch() comes first"
+        assert self._place is not None and self._weights_at is not None, "fetch() comes first"
         pieces = []
         if self._weights is not None:
-            pieces.append((self._weights, self._place.piece(0, self._num_weight_bytes)))
+            pieces.append((self._weights, self._weights_at.piece(0, self._num_weight_bytes)))
         if self._states is not None:
             pieces.append((self._states, self._place.piece(self._num_weight_bytes, self._states.room_bytes)))
         return pieces
@@ -170,8 +198,8 @@ class Bench:
         index = next((i for i in self._in_file if self.unit.parameters[i] is parameter), None)
         if index is None or not parameter.numel():
             return self._copy(parameter.data)
-        assert self._place is not None, "fetch() comes first"
-        return _view(self._place.slab.bytes, self.unit.host_offsets[index], parameter)
+        assert self._weights_at is not None, "fetch() comes first"
+        return _view(self._weights_at.slab.bytes, self.unit.host_offsets[index], parameter)
 
     def _entry(self, value: Tensor) -> Tensor:
         slab = self._states

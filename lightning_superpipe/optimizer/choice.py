@@ -57,5 +57,7 @@ def make_stage(
         masters=masters,
         in_thread=not at_once,
         device=device,
-        stored=StoredUpdates(tier, files, masters, engine.lanes, engine.invalidate) if is_stored else None,
+        stored=StoredUpdates(tier, files, masters, engine.lanes, engine.residency.fetches, engine.invalidate)
+        if is_stored
+        else None,
     )

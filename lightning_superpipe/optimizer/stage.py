@@ -246,8 +246,7 @@ class UpdateStage:
         self.num_parts += 1
         delay = self._rng.random() * self._max_delay_ms / 1e3
         if bench is not None and self._stored is not None:
-            work = partial(self._run, unit.index, delay)
-            unit.pending = self._stored.start(part, bench, work, after=after, done=HostEvent(), rank=rank)
+            unit.pending = self._stored.start(part, bench, partial(self._run, unit.index, delay), after, rank)
             return
         place = None if self.device is None else self.device.place_for(unit, part)
         done = HostEvent() if place is None else place.ending
@@ -324,6 +323,8 @@ class UpdateStage:
         self._announced = Announced(optimizer, options(optimizer), by_unit(self._engine.catalog, everything), ranks)
         self._engine.gradients.on_home = self._note_home
         self._engine.gradients.may_lend = self._may_lend if lends and self._stored is None else None
+        if self._stored is not None:
+            self._stored.expect(self._announced.members)
 
     def withdraw(self) -> list[str]:
         """No step follows any more; return the names of units that have been updated all the same."""
@@ -368,8 +369,7 @@ class UpdateStage:
             )
         home = announced.home.setdefault(index, Counter())
         home.update(id(parameter) for parameter in parameters)
-        is_complete = all(id(member.parameter) in home for member in some) and self._comes_once(index)
-        if not is_complete:
+        if not all(id(member.parameter) in home for member in some) or not self._comes_once(index):
             return
         part, bench = self._prepare(unit, announced.optimizer, announced.groups, some)
         if self._may_start(part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, optim
@@ -31,10 +32,11 @@ _NUMBERS = [1, 1, 1]
 """Step counts and the like; ASGD keeps three."""
 
 
-def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool) -> int:
+def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool, among: Container[int] | None = None) -> int:
     """Bytes of the states that an optimizer will make for parameters that have none; 0 for classes not known here.
 
     Args:
+        among: ids of the parameters that count; None counts all.
         with_masters: states of parameters of 2 bytes are float32 (the masters themselves are not counted).
 
     >>> import torch
@@ -46,7 +48,7 @@ def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool) -> in
         * (4 if with_masters and wants_master(parameter) else parameter.itemsize)
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if parameter.requires_grad and not optimizer.state.get(parameter)
+        if parameter.requires_grad and not optimizer.state.get(parameter) and (among is None or id(parameter) in among)
     )
 
 

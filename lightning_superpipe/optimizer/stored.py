@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
+from lightning_superpipe.engine.fetching import FetchRing, Place
 from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past
 from lightning_superpipe.engine.lanes import Event, Lanes
 from lightning_superpipe.engine.pending import Pending, unfenced
@@ -20,7 +21,7 @@ from lightning_superpipe.optimizer.separable import Member
 from lightning_superpipe.optimizer.stand_ins import step_on
 from lightning_superpipe.optimizer.state_homes import StateHomes
 from lightning_superpipe.optimizer.state_size import missing_state_bytes
-from lightning_superpipe.optimizer.work_memory import Place, Ranked, WorkMemory
+from lightning_superpipe.optimizer.work_memory import Ranked, WorkMemory
 from lightning_superpipe.planning.disk_tier import FileChoice
 from lightning_superpipe.tiers import Tier
 
@@ -51,13 +52,20 @@ class StoredUpdates:
         files: how many buffers there are on the way to an update and back, and which units stay in memory.
         masters: runs the steps where parameters have master weights.
         lanes: of the engine; their recorder is told of reads and writes.
+        fetches: of the engine, where weights are in files.
         on_failed: called by whoever is told that a step failed.
     """
 
     def __init__(
-        self, tier: Tier, files: FileChoice, masters: Masters | None, lanes: Lanes, on_failed: Callable[[], None]
+        self,
+        tier: Tier,
+        files: FileChoice,
+        masters: Masters | None,
+        lanes: Lanes,
+        fetches: FetchRing | None,
+        on_failed: Callable[[], None],
     ) -> None:
-        self._in_memory = files.in_memory
+        self._in_memory, self._fetches = files.in_memory, fetches
         self._tier, self._masters, self._lanes, self._on_failed = tier, masters, lanes, on_failed
         self._step_on: StepOn = step_on if masters is None else masters.step_on
         states = tier.part("states")
@@ -76,30 +84,39 @@ class StoredUpdates:
             self._ledger = Ledger(self._tier, self._on_failed)
         return self._ledger
 
+    def expect(self, units: Container[int]) -> None:
+        """Units will be updated as soon as their gradients are home: what backward reads of them may stay for that."""
+        if self._fetches is not None:
+            self._fetches.awaited = units
+
     def part(
         self, unit: Unit, optimizer: Optimizer, groups: list[dict[str, Any]], some: Sequence[Member]
     ) -> tuple[Part, Bench]:
         """Return a part whose states are in their files, as far as there are any."""
         self._adopt(unit, optimizer)
         states = None if self.homes is None else self.homes.slab(unit, optimizer)
-        bench = Bench(unit, some, states, self._step_on, can_undo=self._tier.can_undo)
+        bench = Bench(unit, some, states, self._step_on, self._fetches, can_undo=self._tier.can_undo)
         also = unit.in_slab() if bench.writes_weights else []
         return Part(bench.narrow, optimizer, groups, some, also=also), bench
 
     def _adopt(self, unit: Unit, optimizer: Optimizer) -> None:
-        """Move a unit's states into files; where little of it is trained they stay in memory, as what is trained."""
-        if self.homes is not None and unit.is_mostly_trained and unit.index not in self._in_memory:
+        """Move a unit's states into files, if they belong there."""
+        if self.homes is not None and self._has_home(unit):
             self.homes.adopt(unit, optimizer)
 
-    def start(self, part: Part, bench: Bench, work: Work, *, after: Event, done: HostEvent, rank: int = 0) -> Pending:
-        """Read, update and write a unit, each as soon as it can be; ``done`` passes in any case, see :class:`Ledger`.
+    def _has_home(self, unit: Unit) -> bool:
+        """Whether states live in files; where little of a unit is trained they stay in memory, as what is trained."""
+        return unit.is_mostly_trained and unit.index not in self._in_memory
+
+    def start(self, part: Part, bench: Bench, work: Work, after: Event, rank: int) -> Pending:
+        """Read, update and write a unit, each as soon as it can be; the end comes in any case, see :class:`Ledger`.
 
         Args:
             work: runs the part.
             after: completes its gradients.
             rank: of those that wait for their read, the lowest comes first.
         """
-        ledger = self.ledger
+        ledger, done = self.ledger, HostEvent()
         pending = Pending(part.tensors(), done, partial(_settled, bench.unit, ledger))
         if isinstance(after, Past):
             try:
@@ -107,6 +124,7 @@ class StoredUpdates:
             except BaseException:
                 done.set()  # nobody shall wait for what never starts
                 raise
+        bench.note_kept()
         pending.left_over = bench
         self._memory.grow(bench.room_bytes)
         self._waiting.push(
@@ -139,23 +157,27 @@ class StoredUpdates:
         except BaseException as error:
             ledger.fail(unit.name, error)
         finally:
+            job.bench.give_back()
             self._memory.give_back(place)
 
     def adopt(self, optimizer: Optimizer, units: Iterable[Unit]) -> None:
-        """Move states that an optimizer has or has loaded into files, and take the room that the others will need.
+        """Move states that an optimizer has or has loaded into files, and take the room that others will need there.
 
         Raises:
             BudgetError: the disk has no room for them.
         """
         if self.homes is None:
             return
-        for unit in units:
-            self._adopt(unit, optimizer)
-        missing = missing_state_bytes(optimizer, with_masters=self._masters is not None)
+        among: set[int] = set()
+        for unit in filter(self._has_home, units):
+            self.homes.adopt(unit, optimizer)
+            among.update(map(id, unit.parameters))
+        missing = missing_state_bytes(optimizer, with_masters=self._masters is not None, among=among)
         self._tier.part("states").reserve(missing)
 
     def finish(self) -> None:
         """All parts of the step have been started."""
+        self.expect(())
         ledger, self._ledger = self._ledger, None
         self._num_steps += 1
         if ledger is not None:  # behind the last of its parts, which the reading thread hands on
@@ -166,6 +188,7 @@ class StoredUpdates:
 
     def abandon(self) -> bool:
         """No step follows the parts that have run, and nothing is under way; return whether they were undone."""
+        self.expect(())
         ledger, self._ledger = self._ledger, None
         self._num_steps += 1
         if ledger is None:

@@ -9,31 +9,12 @@ import queue
 import threading
 from typing import Generic, TypeVar
 
-from torch import Tensor
+from lightning_superpipe.engine.fetching import Place
+from lightning_superpipe.tiers import Tier
 
-from lightning_superpipe.tiers import Slab, Tier
-
-__all__ = ["Place", "Ranked", "WorkMemory"]
+__all__ = ["Ranked", "WorkMemory"]
 
 T = TypeVar("T")
-
-
-class Place:
-    """Host memory that begins at a page. What was left there may be read until somebody else has taken it.
-
-    Attributes:
-        turn: counts who has taken it.
-        lock: held by whoever reads what was left, and for a moment by who takes it.
-    """
-
-    def __init__(self, slab: Slab) -> None:
-        self.slab = slab
-        self.turn = 0
-        self.lock = threading.Lock()
-
-    def piece(self, start: int, num_bytes: int) -> Tensor:
-        """A part of the memory, shape (num_bytes,), uint8."""
-        return self.slab.bytes[start : start + num_bytes]
 
 
 class WorkMemory:
@@ -62,8 +43,7 @@ class WorkMemory:
         """Return the place that has been free for longest; blocks until there is one."""
         while (place := self._free.get()).slab.num_bytes < self._room_bytes:
             place.slab.close()
-        with place.lock:
-            place.turn += 1
+        place.begin_turn()
         return place
 
     def give_back(self, place: Place) -> None:

@@ -74,10 +74,10 @@ def choose_files(
         limit: bytes of host memory for everything; None keeps no units in memory.
 
     >>> need = HostNeed(weights=100, gradients=100, states=200)
-    >>> choice = choose_files(need, {"weights", "states"}, [10] * 10, ring=None, undo=False, limit=295)
+    >>> choice = choose_files(need, {"weights", "states"}, [10] * 10, ring=None, undo=False, limit=325)
     >>> choice.ring, sorted(choice.in_memory)
     (3, [0, 5])
-    >>> choose_files(need, {"weights", "states"}, [10] * 10, ring=None, undo=False, limit=180).ring
+    >>> choose_files(need, {"weights", "states"}, [10] * 10, ring=None, undo=False, limit=200).ring
     2
     """
     streamed, largest = sum(sizes), max(sizes, default=0)
@@ -99,7 +99,9 @@ def choose_files(
     return chosen
 
 
-def with_files(workload: Workload, kinds: Container[str], in_memory: Container[int] = ()) -> Workload:
+def with_files(
+    workload: Workload, kinds: Container[str], in_memory: Container[int] = (), *, ring: int = RING
+) -> Workload:
     """Return a workload whose units lie in files, as far as kinds say so: each hop has its bytes.
 
     >>> unit = UnitWork("h", weight_bytes=10, gradient_bytes=10, state_bytes=20)
@@ -111,7 +113,7 @@ def with_files(workload: Workload, kinds: Container[str], in_memory: Container[i
         unit if index in in_memory else _in_files(unit, kinds, is_updated=workload.trains and unit.gradient_bytes > 0)
         for index, unit in enumerate(workload.units)
     )
-    return replace(workload, units=tuple(units))
+    return replace(workload, units=tuple(units), ring=ring)
 
 
 def _in_files(unit: UnitWork, kinds: Container[str], *, is_updated: bool) -> UnitWork:

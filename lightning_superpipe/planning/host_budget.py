@@ -56,7 +56,8 @@ class HostNeed:
         """What is left in host memory when kinds of bytes live in files.
 
         Units go there; anchors stay, with their gradients and states. Buffers come in: for units on their way to the
-        device, and for weights and states on their way to their update and back.
+        device, as many for weights that stay from there to their update, and for weights and states on their way to
+        their update and back.
 
         Args:
             kinds: those in files, of ``"weights"``, ``"states"`` and ``"gradients"``.
@@ -68,7 +69,7 @@ class HostNeed:
 
         >>> need = HostNeed(weights=100, gradients=100, states=200, held=100)
         >>> need.with_files({"weights", "states"}, streamed=90, largest=10, num_buffers=3).total
-        250
+        280
         >>> need.with_files({"states"}, streamed=90, largest=10, num_buffers=3, undo=True).undo
         90
         """
@@ -84,7 +85,7 @@ class HostNeed:
         if "gradients" in kinds:
             stored["gradients"] = round(self.gradients * (1 - streamed / max(self.weights, 1)))
         if self.gradients and ("weights" in kinds or "states" in kinds):
-            staging += round(num_buffers * largest * (("weights" in kinds) + per_weight * ("states" in kinds)))
+            staging += round(num_buffers * largest * (2 * ("weights" in kinds) + per_weight * ("states" in kinds)))
             in_memory = kept + moved * ("weights" not in kinds) + per_weight * (kept + moved * ("states" not in kinds))
             stored["undo"] = round(in_memory) if undo else 0
         return replace(self, staging=staging, **stored)

@@ -10,6 +10,7 @@ from what it waits for. What waits for what is the engine's (:mod:`lightning_sup
 - gradients may fill twice the largest unit's on the device, then backward waits for the oldest to be home;
 - backward is over when all gradients are home; updates follow in the order of need, or follow each gradient
   (``in_backward``), or hold everything up (``at_once``);
+- units that lie in files share a disk (:mod:`lightning_superpipe.planning.disk_queue`); a few loads are read ahead;
 - units that are updated on the device take gradients and states there and bring weights and states home, past what is
   queued; where one still lies in its slot, its weights do not travel there, and it is not loaded again.
 """
@@ -20,22 +21,23 @@ from collections import deque
 
 from lightning_superpipe.planning.actions import Action, Op, Plan
 from lightning_superpipe.planning.device_updates import DeviceUpdate, DeviceUpdates
+from lightning_superpipe.planning.disk_queue import DiskLoad, DiskUpdate, ReadAhead, files_of
 from lightning_superpipe.planning.link import Copying, Link
-from lightning_superpipe.planning.lower import forward_keep, lower_window, spread
 from lightning_superpipe.planning.need import (
     backward_peak_bytes,
     forward_peak_bytes,
     gradient_limit_bytes,
     host_use,
+    num_slots,
     recompute_peak_bytes,
     saved_bytes,
     unfreed_backward_peak_bytes,
 )
 from lightning_superpipe.planning.offloads import Offloads
-from lightning_superpipe.planning.order import forward_order, training_order
 from lightning_superpipe.planning.played import PlayedStep, are_repeated, mean_of
 from lightning_superpipe.planning.prediction import LaneSeconds, PeakBytes, Prediction
-from lightning_superpipe.planning.workload import Curve, Setting, Speeds, Workload, updated_there
+from lightning_superpipe.planning.step_plan import step_plan
+from lightning_superpipe.planning.workload import Setting, Speeds, Workload, updated_there
 
 __all__ = ["simulate"]
 
@@ -67,7 +69,7 @@ def simulate(workload: Workload, speeds: Speeds, setting: Setting) -> Prediction
     for index in range(_MAX_STEPS + (0 if run.on_device else len(workload.units))):
         length = index - seen.get(resident, index)
         seen[resident] = index
-        plan = run.plan(resident)
+        plan = step_plan(workload, setting, resident)
         steps.append(run.step(plan))
         if length and (run.ends_at_rest or (len(steps) > 2 * length and are_repeated(steps, length))):
             break
@@ -82,9 +84,7 @@ class _Run:
         n = len(workload.units)
         self.workload, self.speeds, self.setting = workload, speeds, setting
         self.units = workload.units
-        self.k = min(setting.k, n)
-        self.k_prime = min(setting.k_prime, self.k) if setting.k_prime <= setting.k else setting.k_prime
-        self.num_slots = self.k + min(setting.resident, n - self.k)
+        self.num_slots = num_slots(workload, setting)
         self.policies = [setting.policy(index) for index in range(n)]
         self.link = Link(speeds)
         self.on_device = updated_there(workload, setting)
@@ -92,9 +92,10 @@ class _Run:
         self.device, self.under_way = DeviceUpdates(self.link, self._count_update), dict[int, DeviceUpdate]()
         self.in_slots: frozenset[int] = frozenset()
         self.limit_bytes = gradient_limit_bytes(workload)
-        self.now = self.host_free_s = self.disk_free_s = 0.0
+        self.files = files_of(workload, speeds, setting)
+        self.now = self.host_free_s = 0.0
         self.updated_s = [0.0] * n
-        self.arrivals: list[Copying | None] = [None] * n
+        self.arrivals: list[Copying | DiskLoad | None] = [None] * n
         self.saved_bytes = [saved_bytes(workload, setting, index) for index in range(n)]
         self.travels = [
             unit.offload_bytes if self.policies[index] == "offload" and self.saved_bytes[index] else 0
@@ -111,32 +112,15 @@ class _Run:
     def _begin_step(self) -> None:
         self.stalls_s = [0.0] * len(self.units)
         self.h2d_bytes = self.d2h_bytes = self.gradient_bytes = self.num_loads = 0
-        self.compute_s = self.host_s = self.disk_s = 0.0
+        self.compute_s = self.host_s = 0.0
         self.gradients: deque[tuple[Copying, int]] = deque()
         self.to_flush = -1
         self.landed: list[tuple[int, Copying]] = []
         self.offloads = Offloads(self.travels, self.link, self._home, self._to_device)
+        self.stored: list[DiskUpdate] = []
         self.peak, self.peak_at = PeakBytes(), ""
 
     # -- plans
-
-    def plan(self, resident: frozenset[int]) -> Plan:
-        """The plan of a step that begins with these units on the device."""
-        n, workload = len(self.units), self.workload
-        order = training_order(n, workload.lowest) if workload.trains else forward_order(n)
-        keep = (
-            spread(range(n), self.num_slots - self.k)
-            if workload.trains and workload.lowest < n
-            else forward_keep(order, self.num_slots, self.k_prime)
-        )
-        return lower_window(
-            order,
-            k=self.num_slots,
-            k_prime=self.k_prime,
-            resident=resident,
-            keep=keep,
-            cyclic=workload.undisturbed and not workload.trains,
-        )
 
     def left_over(self, plan: Plan) -> frozenset[int]:
         """What the next step finds on the device: nothing that was updated at home, or that anybody could have
@@ -156,6 +140,10 @@ class _Run:
         self._begin_step()
         self.in_slots = plan.final_resident
         start, h2d_s, d2h_s = self.now, self.link.h2d.busy_s, self.link.d2h.busy_s
+        disk_s = 0.0
+        if self.files is not None:
+            disk_s = self.files.disk.busy_s
+            self.files.begin(each.unit for each in plan.actions if each.op is Op.PREFETCH)
         moves: list[Action] = []
         last_forward = sum(use.op is Op.FORWARD for use in plan.uses) - 1
         is_backward, num_uses = False, 0
@@ -175,8 +163,9 @@ class _Run:
                 moves, is_backward = [], True
             num_uses += 1
         end_stall_s = self._end()
+        disk_s = 0.0 if self.files is None else self.files.disk.busy_s - disk_s
         busy = LaneSeconds(
-            self.compute_s, self.link.h2d.busy_s - h2d_s, self.link.d2h.busy_s - d2h_s, self.host_s, self.disk_s
+            self.compute_s, self.link.h2d.busy_s - h2d_s, self.link.d2h.busy_s - d2h_s, self.host_s, disk_s
         )
         return PlayedStep(
             self.now - start,
@@ -213,19 +202,12 @@ class _Run:
         if (update := self.under_way.pop(index, None)) is not None:
             self.device.finish(update)
             self.updated_s[index] = update.end_s
-        ready_s = max(self.now, self.updated_s[index])
-        ready_s = self._use_disk(self.speeds.disk_read, unit.disk_read_bytes, ready_s)
-        self.arrivals[index] = self._to_device(unit.weight_bytes, ready_s)
         self.num_loads += 1
-
-    def _use_disk(self, curve: Curve | None, num_bytes: int, ready_s: float) -> float:
-        """Read or write, one after the other: a disk that does both at once is no faster."""
-        if curve is None or not num_bytes:
-            return ready_s
-        seconds = curve.seconds(num_bytes)
-        self.disk_s += seconds
-        self.disk_free_s = max(self.disk_free_s, ready_s) + seconds
-        return self.disk_free_s
+        ready_s = max(self.now, self.updated_s[index])
+        if self.files is None:
+            self.arrivals[index] = self._to_device(unit.weight_bytes, ready_s)
+        else:
+            self.arrivals[index] = self.files.load(index, ready_s)
 
     def _count_update(self, there_bytes: int, home_bytes: int) -> None:
         self.h2d_bytes += there_bytes
@@ -244,13 +226,25 @@ class _Run:
 
     def _require(self, index: int) -> None:
         self._compute(self.speeds.use_s)
-        if (arrival := self.arrivals[index]) is not None:
+        arrival, self.arrivals[index] = self.arrivals[index], None
+        if self.files is not None:
+            arrival = self._finish_read(index, self.files, arrival)
+        assert not isinstance(arrival, DiskLoad), "who reads files has waited for it"
+        if arrival is not None:
             self._wait(arrival, index)
-        self.arrivals[index] = None
         if (update := self.under_way.pop(index, None)) is not None:  # it has stayed in its slot
             self.device.finish(update, kernels_only=True)
             self.stalls_s[index] += max(0.0, update.kernels_end_s - self.now)
             self.now = max(self.now, update.kernels_end_s)
+
+    def _finish_read(self, index: int, files: ReadAhead, arrival: Copying | DiskLoad | None) -> Copying | None:
+        """A unit is needed: what is read of it goes on to the device."""
+        files.look_ahead(self.now)
+        if not isinstance(arrival, DiskLoad):
+            return arrival
+        if self.setting.update == "in_backward" and self.units[index].disk_read_bytes:
+            files.disk.keep(index)
+        return self._to_device(self.units[index].weight_bytes, files.disk.end_s(arrival))
 
     # -- forward
 
@@ -319,6 +313,8 @@ class _Run:
             self.gradients.append((landed, num_bytes))
             self.gradient_bytes += num_bytes
             self.landed.append((self.to_flush, landed))
+            if self.files is not None and self.setting.update == "in_backward":
+                self._update_one(self.to_flush, self.link.end_s(landed))
             self.to_flush = -1
 
     # -- the end of a step
@@ -329,7 +325,7 @@ class _Run:
         self._flush_gradients()
         copies = [*(landed for _, landed in self.landed), *self.offloads.under_way]
         if not self.workload.trains:
-            copies = [arrival for arrival in self.arrivals if arrival is not None]
+            copies = [arrival for arrival in self.arrivals if isinstance(arrival, Copying)]
         for copying in copies:
             self.now = max(self.now, self.link.end_s(copying))
         if self.workload.trains:
@@ -341,12 +337,14 @@ class _Run:
     def _update(self) -> None:
         update = self.setting.update
         if update == "in_backward":
-            for index, landed in self.landed:
+            for index, landed in self.landed if self.files is None else ():
                 self._update_one(index, self.link.end_s(landed))
             return
         for index in sorted(index for index, _ in self.landed):
             self._update_one(index, self.now)
         if update == "at_once":
+            if self.files is not None:
+                self.host_free_s = max(map(self.files.disk.end_s, self.stored), default=self.now)
             self.compute_s += self.host_free_s - self.now if self.host_free_s > self.now else 0.0
             self.now = max(self.now, self.host_free_s)
 
@@ -355,10 +353,12 @@ class _Run:
         if index in self.on_device:
             self._update_there(index, ready_s)
             return
-        ready_s = self._use_disk(self.speeds.disk_read, unit.disk_update_bytes, ready_s)
-        self.host_free_s = max(self.host_free_s, ready_s) + unit.update_s
         self.host_s += unit.update_s
-        self.updated_s[index] = self._use_disk(self.speeds.disk_write, unit.disk_write_bytes, self.host_free_s)
+        if self.files is not None:
+            self.stored.append(self.files.disk.update(index, index, ready_s, unit))
+            return
+        self.host_free_s = max(self.host_free_s, ready_s) + unit.update_s
+        self.updated_s[index] = self.host_free_s
 
     def _update_there(self, index: int, ready_s: float) -> None:
         unit, per_step = self.units[index], self.workload.updates

@@ -155,6 +155,7 @@ class Workload:
         updates: optimizer steps for each of these steps; less than 1 where gradients accumulate.
         update_bytes: what updates on the device keep there, if any unit is updated there.
         kernel_bytes: most that their kernels take beside that.
+        ring: buffers between files and memory, for each of loads and updates.
     """
 
     units: tuple[UnitWork, ...]
@@ -170,6 +171,7 @@ class Workload:
     updates: float = 1.0
     update_bytes: int = 0
     kernel_bytes: int = 0
+    ring: int = 3
 
     @property
     def slot_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import warnings
 from typing import Any
@@ -16,12 +17,18 @@ __all__ = ["HostSlab", "HostTier"]
 
 
 class HostSlab(Slab):
-    """Anonymous private pages, so that no allocator rounds them up to a power of two."""
+    """Anonymous private pages, so that no allocator rounds them up to a power of two; large ones where there are such.
+
+    A direct request to a disk looks up each page of its memory: with large pages it takes a quarter of the processor's
+    time, and is two to three times as fast (experiments/07_disk).
+    """
 
     def __init__(self, num_bytes: int, *, pin: bool) -> None:
         self.num_bytes = num_bytes
         # Private, not the default shared mapping: forked data loader workers must not see later updates.
         self._pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(AttributeError, OSError):  # other systems; kernels without
+            self._pages.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._pages, dtype=torch.uint8)[:num_bytes]
         self.is_open = True
         self.pinned = pin and num_bytes > 0 and _page_lock(self._bytes)

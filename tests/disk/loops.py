@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -59,15 +60,23 @@ def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Model, torc
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int, *, clip: float | None = None) -> float:
-    """One training step on the batch of this number."""
+def step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    number: int,
+    *,
+    clip: float | None = None,
+    announced_by: Any = None,
+) -> float:
+    """One training step on the batch of this number; announced, where what is attached to the model is given."""
     dtype = next(model.parameters()).dtype
     x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(number)).to(dtype)
     loss: Tensor = model(x).float().pow(2).mean()
-    loss.backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
+    with contextlib.nullcontext() if announced_by is None else announced_by.updating(optimizer):
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
     optimizer.zero_grad()
     return loss.item()
 

@@ -62,6 +62,16 @@ def finished(expected: list[Left], model: nn.Module, optimizer: torch.optim.Opti
     return next((number for number, state in enumerate(expected) if state.equals(now)), None)
 
 
+def train_to_the_end(expected: list[Left], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step has failed: what is left is that of a finished step, and training goes on from there."""
+    optimizer.zero_grad()
+    at = finished(expected, model, optimizer)
+    assert at is not None, "weights and states are not those of a finished step"
+    for number in range(at, NUM_ALL):
+        step(model, optimizer, number)
+    assert finished(expected, model, optimizer) == NUM_ALL
+
+
 @pytest.mark.parametrize("update", ["at_once", "after_backward"])
 @pytest.mark.parametrize("after", [0, 1, 4, 7, 11])
 @pytest.mark.parametrize(
@@ -83,14 +93,30 @@ def test_failed_step_is_undone_and_training_goes_on_bit_for_bit(
             for number in range(NUM_GOOD, NUM_ALL):
                 step(model, optimizer, number)
     assert fault.has_struck
-    optimizer.zero_grad()
-    at = finished(expected, model, optimizer)
-    assert at is not None, "weights and states are not those of a finished step"
-    for number in range(at, NUM_ALL):
-        step(model, optimizer, number)
-    assert finished(expected, model, optimizer) == NUM_ALL
+    train_to_the_end(expected, model, optimizer)
     pipe.close()
     assert finished(expected, model, optimizer) == NUM_ALL
+
+
+@pytest.mark.parametrize("after", range(0, 36, 3))
+@pytest.mark.parametrize("name", ["pwritev", "preadv"])
+def test_failed_step_that_was_announced_is_undone_with_what_backward_left_for_it(
+    name: str, after: int, monkeypatch: Patch
+) -> None:
+    expected = reference()
+    model, optimizer = make()
+    with attach(model, optimizer, device="cpu", k=2, store="disk", disk={"ring": 4}) as pipe:
+        for number in range(NUM_GOOD):
+            step(model, optimizer, number, announced_by=pipe)
+        assert finished(expected, model, optimizer) == NUM_GOOD
+        fault = Fault(name, after)
+        with monkeypatch.context() as patched, pytest.raises(TransferError, match=r"unit 'blocks\.\d'"):
+            patched.setattr(os, name, fault)
+            for number in range(NUM_GOOD, NUM_ALL):
+                step(model, optimizer, number, announced_by=pipe)
+            left(model, optimizer)  # who looks is told
+        assert fault.has_struck
+        train_to_the_end(expected, model, optimizer)
 
 
 @pytest.mark.parametrize("host_memory", [None, "1GiB"])
@@ -114,12 +140,7 @@ def test_failed_step_is_undone_where_a_part_of_it_is_in_memory(
             for number in range(NUM_GOOD, NUM_ALL):
                 step(model, optimizer, number)
             left(model, optimizer)  # who looks is told
-        optimizer.zero_grad()
-        at = finished(expected, model, optimizer)
-        assert at is not None, "weights and states are not those of a finished step"
-        for number in range(at, NUM_ALL):
-            step(model, optimizer, number)
-        assert finished(expected, model, optimizer) == NUM_ALL
+        train_to_the_end(expected, model, optimizer)
 
 
 def test_first_step_is_undone_with_the_states_that_it_made(monkeypatch: Patch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import BudgetError
 from lightning_superpipe.forecast.preview import preview
 from lightning_superpipe.observe.pictures import draw_timeline
-from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.observe.trace import Lane, Recording
 from lightning_superpipe.optimizer.bench import Bench
 from tests.disk.loops import EVERYTHING, NUM_BLOCKS, WIDTH, Left, Model, left, make, step, train
 
@@ -91,6 +94,46 @@ def test_weights_that_an_update_has_left_in_memory_are_not_read_again() -> None:
     assert read["after_backward"] < read["at_once"]
 
 
+def reads_for_updates(recording: Recording) -> int:
+    return sum(span.num_bytes for span in recording.lane(Lane.READ) if span.name == "U")
+
+
+def test_weights_that_backward_has_read_are_not_read_again_for_their_update() -> None:
+    model, optimizer = make()
+    weights = -(-sum(-(-p.nbytes // 256) * 256 for p in model.blocks[0].parameters()) // 4096) * 4096
+    states = -(-2 * sum(-(-p.nbytes // 256) * 256 for p in model.blocks[0].parameters()) // 4096) * 4096
+    ring = {"ring": NUM_BLOCKS}  # has room for all
+    with attach(model, optimizer, device="cpu", k=2, store="disk", disk=ring, record_step=3) as pipe:
+        losses = []
+        for number in range(5):
+            losses.append(step(model, optimizer, number, announced_by=pipe))
+            left(model, optimizer)  # nothing of it runs on under the next step
+        recording = pipe.recording
+    assert left(model, optimizer, losses).equals(train(None, steps=5))
+    assert recording is not None
+    assert reads_for_updates(recording) == NUM_BLOCKS * states + 2 * weights  # of those that stay in slots at the turn
+
+
+def test_weights_that_change_while_they_are_kept_are_read_again() -> None:
+    """A promise about gradients says nothing of weights: here a hook of the user's changes some in backward."""
+
+    def run(store: Any) -> Left:
+        model, optimizer = make()
+        bias = model.blocks[2].up.bias  # which backward does not need
+
+        def halve(_: torch.Tensor) -> None:
+            with torch.no_grad():
+                bias.mul_(0.5)
+
+        model.blocks[2].register_forward_hook(lambda *all_of_it: all_of_it[-1].register_hook(halve) and None)
+        options = {"device": "cpu", "k": 2, "store": store, "disk": {"ring": NUM_BLOCKS}}
+        with contextlib.nullcontext() if store is None else attach(model, optimizer, **options) as pipe:
+            losses = [step(model, optimizer, number, announced_by=pipe) for number in range(4)]
+        return left(model, optimizer, losses)
+
+    assert run("disk").equals(run(None))
+
+
 # -- what stays in memory
 
 
@@ -106,6 +149,32 @@ def test_units_that_host_memory_holds_stay_there_and_are_not_written() -> None:
         assert left(model, optimizer, losses).equals(train(None))
         assert ("no unit stays" in str(report)) == (limit is None)
     assert 0 < written[1] < written[0]
+
+
+def test_disk_is_taken_before_training_and_only_for_units_that_lie_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    take, taken = os.posix_fallocate, []
+
+    def counted(descriptor: int, offset: int, num_bytes: int) -> None:
+        taken.append(num_bytes)
+        take(descriptor, offset, num_bytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", counted)
+    in_files, reserved, later = [], [], []
+    for limit in (None, ALL_BYTES * 2):
+        taken.clear()
+        model, optimizer = make()
+        with attach(model, optimizer, device="cpu", k=2, store="disk", host_memory=limit) as pipe:
+            reserved.append(sum(taken))
+            for number in range(3):
+                step(model, optimizer, number)
+            later.append(sum(taken) - reserved[-1])
+            stay = re.search(r"(\d+) of \d units stay", str(pipe.report()))
+            in_files.append(NUM_BLOCKS - (int(stay[1]) if stay else 0))
+    unit = sum(parameter.nbytes for parameter in model.blocks[0].parameters())
+    room = [2 * 3 * unit * count for count in in_files]  # weights and two states, and as much to undo a step
+    assert in_files[1] < in_files[0]
+    assert all(least <= found <= 1.1 * least for least, found in zip(room, reserved, strict=True))
+    assert all(more <= 0.05 * found for more, found in zip(later, reserved, strict=True)), "but for whole pages"
 
 
 def test_host_memory_is_kept_whatever_stays_there() -> None:

@@ -39,7 +39,9 @@ def test_without_a_limit_nothing_stays_and_a_ring_that_was_asked_for_is_kept() -
 
 @pytest.mark.parametrize("update", ["at_once", "after_backward", "in_backward"])
 @pytest.mark.parametrize("kinds", KINDS[:3])
-def test_step_takes_at_least_what_its_bytes_take_on_the_disk(kinds: set[str], update: str) -> None:
+def test_step_takes_at_least_what_its_bytes_take_on_the_disk_but_for_those_still_in_memory(
+    kinds: set[str], update: str
+) -> None:
     unit = UnitWork("h", 10, 10, state_bytes=20, forward_s=1.0, backward_s=2.0, update_s=0.5)
     plain = Workload((unit,) * 6)
     speeds = Speeds(Curve.steady(100.0), Curve.steady(100.0), disk_read=Curve.steady(2.0), disk_write=Curve.steady(4.0))
@@ -47,7 +49,11 @@ def test_step_takes_at_least_what_its_bytes_take_on_the_disk(kinds: set[str], up
     moved, memory = (simulate(each, speeds, setting) for each in (with_files(plain, kinds), plain))
     updated = 10 * ("weights" in kinds) + 20 * ("states" in kinds)
     loads = moved.num_loads * 10 * ("weights" in kinds)
-    assert moved.busy.disk == pytest.approx((loads + 6 * updated) / 2.0 + 6 * updated / 4.0)
+    all_s = (loads + 6 * updated) / 2.0 + 6 * updated / 4.0
+    if update == "at_once" or "weights" not in kinds:
+        assert moved.busy.disk == pytest.approx(all_s)
+    else:  # each load of a forward may find what the update has left, each update what backward has
+        assert all_s - 2 * 6 * 10 / 2.0 <= moved.busy.disk < all_s
     assert moved.busiest == "disk" or update == "at_once"  # which counts as compute
     assert moved.step_s >= moved.busy.disk
     assert memory.busy.disk == 0.0

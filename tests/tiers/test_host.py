@@ -153,3 +153,16 @@ def test_empty_slab_is_not_locked(driver: Driver) -> None:
 def test_nothing_is_locked_unless_asked(driver: Driver) -> None:
     HostTier(pin=False).allocate(100)
     assert driver.locked == {}
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs a kernel with large pages")
+def test_slabs_ask_for_large_pages() -> None:
+    slab = HostTier(pin=False).allocate(8 * MIB)
+    address, flags = slab.bytes.data_ptr(), ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, last = line.split(maxsplit=1)[0].partition("-")
+        if last:
+            is_ours = int(first, 16) <= address < int(last, 16)
+        elif line.startswith("VmFlags") and is_ours:
+            flags = line
+    assert " hg" in flags
