@@ -124,10 +124,9 @@ class Session:
         self._tuner = self._make_tuner(start, limit)
         self._aside = AsideRule(config, self._tuner, self._ordinary_bytes, self._tell)
         self.on_aside: Callable[[], None] = lambda: None
-        self.is_asked = False
         self._backward_scope = contextlib.ExitStack()
         self._num_steps = 0
-        self._is_step_open = self._is_in_scope = self._is_counted = False
+        self._is_step_open = self._is_in_scope = self._is_counted = self.is_asked = False
         self._at_step_start = self._last_step = StepCounters()
         self._final_report: Report | None = None
         self.guard = StepGuard(root, self._engine, self._updates, self._tuner, self._drop_step)
@@ -364,6 +363,7 @@ class Session:
         del (
             self._updates,
             self._share,
+            self._aside,
             self._engine,
             self._meter,
             self._tuner,
