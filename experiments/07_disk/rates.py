@@ -7,13 +7,13 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from lightning_superpipe.config import Disk
 from lightning_superpipe.tiers import DiskTier, Folder
 from lightning_superpipe.tiers.host import HostSlab
+from lightning_superpipe.tiers.requests import Requests
 
 Rates = dict[str, list[float]]
 
@@ -27,29 +27,30 @@ def measure(folder: Path, slab_bytes: int, num_slabs: int, rounds: int, *, small
     found: Rates = defaultdict(list)
     options = Disk(folder=str(folder / "rates"))
     place = Folder(options)
-    with ThreadPoolExecutor(options.requests) as pool:
-        tier = DiskTier("weights", place, pool, options)
-        slabs = [tier.allocate(slab_bytes) for _ in range(num_slabs)]
-        room = HostSlab(slabs[0].room_bytes, pin=False).bytes.fill_(1)
-        plain = folder / "plain.bytes"
-        descriptor = os.open(plain, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
-        os.posix_fallocate(descriptor, 0, slabs[0].room_bytes * num_slabs)
-        for number in range(rounds + 1):  # the first writes to fresh blocks, and is left out
-            plainly = partial(_plainly, descriptor=descriptor, size=slabs[0].room_bytes, count=num_slabs)
-            took = {
-                "plain_write": _seconds(partial(plainly, os.pwritev)),
-                "store_write": _seconds(lambda: [slab.store(room) for slab in slabs]),
-                "plain_read": _seconds(partial(plainly, os.preadv)),
-                "store_read": _seconds(lambda: [slab.fetch(room) for slab in slabs]),
-            }
-            if small_pages:
-                took["small_pages_write"] = _seconds(partial(plainly, os.pwritev, has_large_pages=False))
-                took["small_pages_read"] = _seconds(partial(plainly, os.preadv, has_large_pages=False))
-            for name, seconds in took.items() if number else ():
-                found[name].append(slabs[0].room_bytes * num_slabs / seconds)
-        os.close(descriptor)
-        plain.unlink()
-        tier.close()
+    requests = Requests(options.requests)
+    tier = DiskTier("weights", place, requests, options)
+    slabs = [tier.allocate(slab_bytes) for _ in range(num_slabs)]
+    room = HostSlab(slabs[0].room_bytes, pin=False).bytes.fill_(1)
+    plain = folder / "plain.bytes"
+    descriptor = os.open(plain, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+    os.posix_fallocate(descriptor, 0, slabs[0].room_bytes * num_slabs)
+    for number in range(rounds + 1):  # the first writes to fresh blocks, and is left out
+        plainly = partial(_plainly, descriptor=descriptor, size=slabs[0].room_bytes, count=num_slabs)
+        took = {
+            "plain_write": _seconds(partial(plainly, os.pwritev)),
+            "store_write": _seconds(lambda: [slab.store(room) for slab in slabs]),
+            "plain_read": _seconds(partial(plainly, os.preadv)),
+            "store_read": _seconds(lambda: [slab.fetch(room) for slab in slabs]),
+        }
+        if small_pages:
+            took["small_pages_write"] = _seconds(partial(plainly, os.pwritev, has_large_pages=False))
+            took["small_pages_read"] = _seconds(partial(plainly, os.preadv, has_large_pages=False))
+        for name, seconds in took.items() if number else ():
+            found[name].append(slabs[0].room_bytes * num_slabs / seconds)
+    os.close(descriptor)
+    plain.unlink()
+    tier.close()
+    requests.close()
     place.close()
     return found
 

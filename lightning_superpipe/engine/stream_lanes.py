@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 
 from lightning_superpipe.engine.host_lane import HostEvent, HostLane
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, Mark, now
+from lightning_superpipe.errors import TransferError
 from lightning_superpipe.observe.trace import Lane, Recorder
 
 __all__ = ["StreamLanes"]
@@ -158,8 +160,9 @@ class StreamLanes(Lanes):
         self._origin = (origin, now())
 
     def stop_recording(self) -> Recorder:
-        for issuer in self._issuers.values():
-            issuer.wait()  # copies still to be issued belong to the recording
+        for issuer in self._issuers.values():  # copies still to be issued belong to the recording
+            with contextlib.suppress(TransferError):  # whoever waits for a copy that failed is told
+                issuer.wait()
         recorder, self.recorder = self.recorder, None
         assert recorder is not None and self._origin is not None, "stop_recording() without start_recording()"
         event, seconds = self._origin

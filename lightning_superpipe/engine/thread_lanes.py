@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 import threading
@@ -103,8 +104,9 @@ class ThreadLanes(Lanes):
         self.recorder = Recorder()
 
     def stop_recording(self) -> Recorder:
-        for event in self._last.values():
-            event.synchronize()  # copies still queued belong to the recording
+        for event in self._last.values():  # copies still queued belong to the recording
+            with contextlib.suppress(TransferError):  # whoever waits for a copy that failed is told
+                event.synchronize()
         recorder, self.recorder = self.recorder, None
         assert recorder is not None, "stop_recording() without start_recording()"
         return recorder

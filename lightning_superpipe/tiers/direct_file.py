@@ -7,10 +7,12 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
+
+from lightning_superpipe.tiers.requests import Requests
 
 __all__ = ["BLOCK", "DirectFile", "padded"]
 
@@ -35,7 +37,7 @@ class DirectFile:
 
     Args:
         path: must not exist.
-        pool: runs the requests.
+        requests: runs the requests.
         is_named: keep the name; otherwise the file loses it at once, and the system frees its bytes as soon as nobody
             uses them, however the process ends.
 
@@ -48,8 +50,8 @@ class DirectFile:
         OSError: the file cannot be made.
     """
 
-    def __init__(self, path: Path, pool: ThreadPoolExecutor, *, is_named: bool) -> None:
-        self.path, self._pool = path, pool
+    def __init__(self, path: Path, requests: Requests, *, is_named: bool) -> None:
+        self.path, self._requests = path, requests
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         direct = _open_direct(path)
         self.is_direct = direct is not None
@@ -117,13 +119,12 @@ class DirectFile:
 
     def _run(self, request: Callable[[int, memoryview, int], None], offset: int, memory: Tensor) -> None:
         view = memoryview(memory.numpy())  # type: ignore[arg-type]  # arrays are buffers
-        parts = [(view[start : start + _REQUEST], offset + start) for start in range(0, len(view), _REQUEST)]
-        jobs: list[Future[None]] = [self._pool.submit(request, self._io, *part) for part in parts]
-        errors = [error for job in jobs if (error := job.exception()) is not None]  # none is under way any more
+        starts = range(0, len(view), _REQUEST)
+        self._requests.run(
+            [partial(request, self._io, view[start : start + _REQUEST], offset + start) for start in starts]
+        )
         if not self.is_direct:
             os.posix_fadvise(self._io, offset, len(view), os.POSIX_FADV_DONTNEED)
-        if errors:
-            raise errors[0]
 
     def go_through_cache(self) -> None:
         """Leave direct requests alone from now on."""

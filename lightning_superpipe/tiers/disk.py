@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from lightning_superpipe.tiers.folder import Folder
 from lightning_superpipe.tiers.host import HostSlab
 from lightning_superpipe.tiers.mapped import is_mapped
 from lightning_superpipe.tiers.pages import SharedPages
+from lightning_superpipe.tiers.requests import Requests
 
 __all__ = ["DiskSlab", "DiskTier"]
 
@@ -120,7 +120,7 @@ class DiskTier(Tier):
 
     Args:
         kind: of the bytes; names the file.
-        pool: runs requests.
+        requests: runs the reads and writes.
         with_undo: keep the bytes from before a step.
 
     Raises:
@@ -130,13 +130,13 @@ class DiskTier(Tier):
     is_memory = False
 
     def __init__(
-        self, kind: str, folder: Folder, pool: ThreadPoolExecutor, options: Disk, *, with_undo: bool = False
+        self, kind: str, folder: Folder, requests: Requests, options: Disk, *, with_undo: bool = False
     ) -> None:
         self.kind, self._folder = kind, folder
         self.can_undo = with_undo and options.undo
         self._slabs: list[DiskSlab] = []
         self._stored: list[DiskSlab] = []
-        self.file = DirectFile(folder.file(kind), pool, is_named=options.keep)
+        self.file = DirectFile(folder.file(kind), requests, is_named=options.keep)
         try:
             if self.file.is_direct and not _is_coherent(self.file):
                 self.file.go_through_cache()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from lightning_superpipe.tiers.disk import DiskTier
 from lightning_superpipe.tiers.folder import Folder
 from lightning_superpipe.tiers.host import HostSlab, HostTier
 from lightning_superpipe.tiers.kept import keep, named_tensors
+from lightning_superpipe.tiers.requests import Requests
 
 __all__ = ["DiskTraffic", "Places"]
 
@@ -55,11 +55,11 @@ class Places(Tier):
 
     def _open(self, kinds: list[str], options: Disk, *, with_undo: bool) -> None:
         self._folder = Folder(options)
-        self._pool = ThreadPoolExecutor(options.requests, "superpipe-disk")
+        self._requests = Requests(options.requests)
         try:
             for kind in kinds:
                 undoes = with_undo and kind in _UNDONE
-                self._disks[kind] = DiskTier(kind, self._folder, self._pool, options, with_undo=undoes)
+                self._disks[kind] = DiskTier(kind, self._folder, self._requests, options, with_undo=undoes)
         except BaseException:
             self.close()
             raise
@@ -119,6 +119,6 @@ class Places(Tier):
         for disk in self._disks.values():
             disk.close()
         if self._folder is not None:
-            self._pool.shutdown()
+            self._requests.close()
             self._folder.close()
             self._folder = None

@@ -130,6 +130,15 @@ def test_lane_goes_on_after_a_failed_copy(lanes: ThreadLanes) -> None:
     assert torch.equal(*copy)
 
 
+def test_recording_of_a_failed_copy_ends_as_any_other(lanes: ThreadLanes) -> None:
+    lanes.start_recording()
+    lanes.h2d([copy_of(1)], after=(), label=LABEL)
+    failed = lanes.h2d([Copy(torch.zeros(3), torch.zeros(4))], after=(), label=LABEL)
+    assert len(lanes.stop_recording().spans()) == 1, "who records is not told of it, and gets what went well"
+    with pytest.raises(TransferError):
+        failed.synchronize()
+
+
 def test_copy_after_a_failed_one_fails_too(lanes: ThreadLanes) -> None:
     failed = lanes.h2d([Copy(torch.zeros(3), torch.zeros(4))], after=(), label=LABEL)
     copy = copy_of(1)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from lightning_superpipe import SuperpipeStrategy
 from lightning_superpipe.config import Adversary
+from lightning_superpipe.engine.host_lane import HostEvent
+from lightning_superpipe.engine.lanes import Copy, Label
 from lightning_superpipe.engine.stream_lanes import StreamLanes
+from lightning_superpipe.errors import TransferError
 from lightning_superpipe.observe import Lane
 from tests.gpu.host_updates import updates_at_home
 from tests.gpu.places import Place, on_both
@@ -47,6 +50,20 @@ def thin(place: Place) -> Any:
 @pytest.mark.parametrize("window", [Window(1, 1), Window(2, 1), Window(3, 2), Window(4, 4)], ids=str)
 def test_tiny_compute_beside_huge_copies_loses_no_race(window: Window, place: Place) -> None:
     judge(thin(place), place, window)
+
+
+@on_both
+def test_recording_ends_though_a_copy_in_it_waited_for_work_that_failed(place: Place) -> None:
+    lanes, work = StreamLanes(place.device), HostEvent()
+    lanes.start_recording()
+    copy = Copy(torch.zeros(4, device=place.device), torch.ones(4))
+    late = lanes.h2d([copy], after=[work], label=Label("P", 0, "blocks.0"))
+    work.error = TransferError("the disk is gone")
+    work.set()
+    assert lanes.stop_recording().spans() == []
+    with pytest.raises(TransferError, match="the disk is gone"):
+        late.synchronize()
+    lanes.close()
 
 
 def _without_arrivals(patch: pytest.MonkeyPatch) -> None:

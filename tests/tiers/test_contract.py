@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +13,12 @@ import torch
 from lightning_superpipe.config import Disk
 from lightning_superpipe.engine.slots import ALIGNMENT, storage_key
 from lightning_superpipe.tiers import DiskTier, Folder, HostTier, Tier
+from lightning_superpipe.tiers.requests import Requests
 
 
 def disk_tier(folder: Path, with_undo: bool = False) -> Tier:
     options = Disk(folder=str(folder))
-    return DiskTier("weights", Folder(options), ThreadPoolExecutor(options.requests), options, with_undo=with_undo)
+    return DiskTier("weights", Folder(options), Requests(options.requests), options, with_undo=with_undo)
 
 
 TIERS: dict[str, Callable[[Path], Tier]] = {

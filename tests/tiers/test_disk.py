@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from lightning_superpipe.tiers import disk as disk_module
 from lightning_superpipe.tiers.direct_file import BLOCK, DirectFile
 from lightning_superpipe.tiers.disk import DiskSlab
 from lightning_superpipe.tiers.host import HostSlab
+from lightning_superpipe.tiers.requests import Requests
 from tests.processes import run_code
 
 NUM_BYTES = 9 * (1 << 20) + 100  # three requests, the last one short
@@ -28,18 +28,18 @@ Make = Callable[..., DiskTier]
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Make]:
     """Make tiers in folders of their own."""
-    made: list[tuple[DiskTier, Folder, ThreadPoolExecutor]] = []
+    made: list[tuple[DiskTier, Folder, Requests]] = []
 
     def make_tier(*, with_undo: bool = False, keep: bool = False) -> DiskTier:
         options = Disk(folder=str(tmp_path / f"store-{len(made)}"), keep=keep)
-        folder, pool = Folder(options), ThreadPoolExecutor(options.requests)
-        made.append((DiskTier("weights", folder, pool, options, with_undo=with_undo), folder, pool))
+        folder, requests = Folder(options), Requests(options.requests)
+        made.append((DiskTier("weights", folder, requests, options, with_undo=with_undo), folder, requests))
         return made[-1][0]
 
     yield make_tier
-    for tier, folder, pool in made:
+    for tier, folder, requests in made:
         tier.close()
-        pool.shutdown()
+        requests.close()
         folder.close()
 
 
@@ -142,13 +142,12 @@ def test_file_system_without_direct_requests_is_said(make: Make, monkeypatch: py
 
 
 def test_regions_are_used_again(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        file = DirectFile(tmp_path / "a.bytes", pool, is_named=True)
-        first, second = file.region(BLOCK), file.region(3 * BLOCK)
-        file.give_back(first, 1)
-        assert (file.region(BLOCK), file.region(BLOCK)) == (first, 4 * BLOCK)
-        assert second == BLOCK
-        file.close()
+    file = DirectFile(tmp_path / "a.bytes", Requests(1), is_named=True)
+    first, second = file.region(BLOCK), file.region(3 * BLOCK)
+    file.give_back(first, 1)
+    assert (file.region(BLOCK), file.region(BLOCK)) == (first, 4 * BLOCK)
+    assert second == BLOCK
+    file.close()
 
 
 def test_memory_as_a_folder_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
