@@ -159,7 +159,7 @@ def main() -> None:
             result["limit"] = limit(job, options.factor)
         if "rates" in options.stages:
             slab_bytes = 4 * 8 * options.width**2
-            result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS, small_pages=True)
+            result["rates"] = measure(folder, slab_bytes, options.blocks, ROUNDS, with_others=True)
         if "pace" in options.stages:
             result["pace"] = pace(job._replace(steps=options.pace_steps), folder, options.loops, options.batches)
         if "parts" in options.stages:
