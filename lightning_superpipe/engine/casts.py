@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_superpipe.engine.backend import raw_tensors
+from lightning_superpipe.engine.owners import graph_reference, num_owners
 from lightning_superpipe.engine.slots import SlotPool
-from lightning_superpipe.engine.unit import Unit, graph_reference, num_owners
+from lightning_superpipe.engine.unit import Unit
 
 __all__ = ["Casts", "Conversion"]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_superpipe.engine.host_lane import HostLane, Past
 from lightning_superpipe.engine.lanes import Event, Lanes, now
-from lightning_superpipe.engine.pending import LeftOver
+from lightning_superpipe.engine.pending import Pending
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import TransferError
 from lightning_superpipe.observe.trace import Lane
@@ -181,17 +181,19 @@ class FetchRing:
         if buffer is None:
             return None
         target = buffer.piece(0, slab.room_bytes)
-        updated = Past() if unit.pending is None else unit.pending.done
-        left_over = None if unit.pending is None else unit.pending.left_over
-        ready = self._lane.submit(partial(self._read, unit, slab, target, buffer.free_after, left_over), after=updated)
+        pending = unit.pending
+        updated = Past() if pending is None else pending.changed
+        ready = self._lane.submit(partial(self._read, unit, slab, target, buffer.free_after, pending), after=updated)
         buffer.free_after = ready
         return Fetched(buffer, target[: slab.num_bytes], ready)
 
-    def _read(self, unit: Unit, slab: StoredSlab, target: Tensor, free: Event, left_over: LeftOver | None) -> None:
+    def _read(self, unit: Unit, slab: StoredSlab, target: Tensor, free: Event, pending: Pending | None) -> None:
         with contextlib.suppress(Exception):  # a copy that failed tells those who wait for it
             free.synchronize()
-        if left_over is not None and left_over.copy_weights(slab, target):
-            return
+        if pending is not None:
+            if pending.left_over is not None and pending.left_over.copy_weights(slab, target):
+                return
+            pending.done.synchronize()  # files hold new weights only then
         start = now()
         try:
             slab.fetch(target)

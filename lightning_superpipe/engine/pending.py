@@ -56,13 +56,15 @@ class Pending:
 
     Attributes:
         done: the end of the update.
+        changed: the event behind which new weights may be copied from host memory; the end, but where files are
+            written afterwards.
         left_over: memory where a unit from files was updated, as long as nobody needs it for another.
     """
 
     def __init__(
         self, tensors: Iterable[Tensor | None], done: HostEvent, on_settled: Callable[[Pending], None]
     ) -> None:
-        self.done = done
+        self.done = self.changed = done
         self.left_over: LeftOver | None = None
         self._on_settled = on_settled
         self._tensors: list[Tensor] = []
@@ -86,6 +88,11 @@ class Pending:
                     tensor.__class__ = _PLAIN[type(tensor)]
                     del _held[id(tensor)]
             self._tensors = [tensor for tensor in self._tensors if id(tensor) not in gone]
+
+    @property
+    def may_be_read_early(self) -> bool:
+        """Whether compute may use new weights while their home is still written."""
+        return self.changed is not self.done
 
     def settle(self) -> None:
         """Block until the update is done; its tensors are ordinary ones again.

@@ -106,9 +106,15 @@ class Residency:
                 unit.distrust()  # the slot holds nothing: who tries again must load again
                 raise
             unit.arrival = None
-        if unit.pending is not unit.in_slot or (unit.pending is not None and unit.pending.done.query()):
-            unit.settle()  # it has passed, or the copy could not have arrived
+        self._settle(unit)
         self._casts.fill(unit)
+
+    def _settle(self, unit: Unit) -> None:
+        """End an update that has passed; most have, or the copy could not have arrived."""
+        pending = unit.pending
+        may_go_on = pending is unit.in_slot or (pending is not None and pending.may_be_read_early)
+        if pending is not None and (pending.done.query() or not may_go_on):
+            unit.settle()
 
     def may_update_in_slot(self, unit: Unit) -> bool:
         """Whether a unit lies in its slot with up-to-date bytes, and stays there for the time being."""
@@ -135,7 +141,7 @@ class Residency:
         """Start copying a unit into a free slot."""
         slot = unit.slot = self.slots.take(unit.index)
         pending, staged = unit.pending, None
-        fences = [slot.free_after, None if pending is None else pending.done]
+        fences = [slot.free_after, None if pending is None else pending.changed]
         with raw_tensors():
             self._move_twins(unit, slot)
             fetched = self.fetches.fetch(unit) if self.fetches is not None and unit.stored is not None else None
@@ -246,10 +252,11 @@ class Residency:
         for index, (twin, version) in enumerate(zip(unit.twins, unit.versions, strict=False)):
             host = unit.parameters[index]
             if twin is not None and twin._version != version and twin.size() == host.size():
+                unit.settle()  # its home may be written still
                 with raw_tensors():
                     write_home(host.data, twin.data)
                 unit.versions[index] = twin._version
-                unit.num_doubts += 1
+                unit.note_written()
                 self.num_copied_back += 1
 
     def part_with_stashed(self, unit: Unit) -> None:

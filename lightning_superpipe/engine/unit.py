@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Container, Mapping
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Copy, Event
 from lightning_superpipe.engine.layout import lay_out
+from lightning_superpipe.engine.owners import graph_reference, num_owners
 from lightning_superpipe.engine.pending import Pending, unfenced
 from lightning_superpipe.engine.sites import Site, derived_attributes, signature
 from lightning_superpipe.engine.slots import Slot, storage_key, storage_use_count
@@ -20,7 +20,7 @@ from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.partition import is_streamable
 from lightning_superpipe.tiers import Slab, StoredSlab, Tier
 
-__all__ = ["Unit", "graph_reference", "num_owners"]
+__all__ = ["Unit"]
 
 
 class Unit:
@@ -231,12 +231,16 @@ class Unit:
 
     # -- updates
 
+    def note_written(self) -> None:
+        """The host's bytes have been written to: what was read of them before is old."""
+        self._fetched_stamp = None
+        self.num_doubts += 1
+
     def distrust(self) -> None:
         """Anything may have written to the host's bytes, but not while an update of them is under way: it would have
         been waited for.
         """
-        self._fetched_stamp = None
-        self.num_doubts += 1
+        self.note_written()
         if self.pending is None or self.stamp is not self.pending:
             self.stamp = None
 
@@ -376,24 +380,6 @@ class Unit:
         twin = self.twins[index]
         assert twin is not None
         return extra - (graph_reference() if num_owners(twin) > 1 else 0)
-
-
-def num_owners(tensor: Tensor) -> int:
-    """How many owners the tensor itself (not its storage) has in C++."""
-    return int(tensor._use_count())  # type: ignore[attr-defined]
-
-
-@cache
-def graph_reference() -> int:
-    """Python references that a parameter gains by being used in a graph (depends on torch's object model)."""
-    with raw_tensors():
-        box = [nn.Parameter(torch.zeros(1))]
-    before = sys.getrefcount(box[0])
-    with torch.inference_mode(False), torch.enable_grad():
-        graph = box[0] * 2.0
-    gained = sys.getrefcount(box[0]) - before
-    del graph
-    return gained
 
 
 def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:

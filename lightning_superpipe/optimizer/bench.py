@@ -40,6 +40,7 @@ class Bench:
 
     Attributes:
         is_in_place: nothing of it is in files, so that all is changed where it is, whether a step is undone or not.
+        leaves_weights: all new weights of the unit are in memory once the part has run.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class Bench:
         self._num_weight_bytes = 0 if self._weights is None else self._weights.room_bytes
         in_slab = set(range(len(unit.parameters))) - set(unit.strays())
         self._in_file = in_slab if self._weights is not None else set()
+        self.leaves_weights = 0 < len(self._in_file) == len(unit.parameters)
         self._fetches = fetches
         self._kept: Kept | None = None
         self._weights_at: Place | None = None
         self._place: Place | None = None
         self._turn = 0
-        self._published: Ledger | None = None
+        self._updated: Ledger | None = None
         self._members: Sequence[Member] = ()
         self._made: list[dict[str, Any]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -152,9 +154,20 @@ class Bench:
                     state = optimizer.state[parameter]
                     ledger.note(partial(_put_entry, state, name, state.get(name)))
                     state[name] = value
-            if self._changed:  # graphs that hold an old version must know, as without files
+        if not self.leaves_weights:
+            self._raise_versions()
+
+    def note_updated(self, ledger: Ledger) -> None:
+        """The part has run: its new weights are in memory, and may be used from there."""
+        if self.leaves_weights:
+            self._raise_versions()
+        self._updated = ledger
+
+    def _raise_versions(self) -> None:
+        """Graphs that hold an old version must know, as without files."""
+        with unfenced():
+            if self._changed:
                 torch.autograd.graph.increment_version(self._changed)
-        self._published = ledger
 
     def copy_weights(self, slab: StoredSlab, target: Tensor) -> bool:
         """Copy the updated weights from where they were worked on; return False if they are not there any more.
@@ -163,7 +176,7 @@ class Bench:
             slab: whose bytes are wanted.
             target: shape (slab.room_bytes,), uint8.
         """
-        place, ledger = self._weights_at, self._published
+        place, ledger = self._weights_at, self._updated
         if place is None or ledger is None or ledger.has_failed or slab is not self._weights:
             return False
         with place.lock:

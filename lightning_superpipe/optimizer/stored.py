@@ -38,6 +38,7 @@ class _Job(NamedTuple):
     work: Callable[[], None]
     ledger: Ledger
     after: Event
+    changed: HostEvent
     done: HostEvent
 
 
@@ -116,7 +117,7 @@ class StoredUpdates:
             after: completes its gradients.
             rank: of those that wait for their read, the lowest comes first.
         """
-        ledger, done = self.ledger, HostEvent()
+        ledger, changed, done = self.ledger, HostEvent(), HostEvent()
         pending = Pending(part.tensors(), done, partial(_settled, bench.unit, ledger))
         if isinstance(after, Past):
             try:
@@ -126,10 +127,11 @@ class StoredUpdates:
                 raise
         bench.note_kept()
         pending.left_over = bench
+        if bench.leaves_weights:
+            pending.changed = changed
         self._memory.grow(bench.room_bytes)
-        self._waiting.push(
-            (self._num_steps, rank), _Job(part, bench, partial(work, part, pending), ledger, after, done)
-        )
+        job = _Job(part, bench, partial(work, part, pending), ledger, after, changed, done)
+        self._waiting.push((self._num_steps, rank), job)
         self._reads.submit(self._read_next, after=Past())
         return pending
 
@@ -157,6 +159,7 @@ class StoredUpdates:
         except BaseException as error:
             ledger.fail(unit.name, error)
         finally:
+            job.changed.set()
             job.bench.give_back()
             self._memory.give_back(place)
 
@@ -217,6 +220,8 @@ def _update(job: _Job, fetched: HostEvent) -> None:
                 job.work()
     elif not ledger.has_failed:
         job.work()
+        job.bench.note_updated(ledger)
+        job.changed.set()
 
 
 def _settled(unit: Unit, ledger: Ledger, pending: Pending) -> None:

@@ -20,10 +20,11 @@ class DiskUpdate:
     """An update of one unit: read, run, written.
 
     Attributes:
-        end_s: when it is written; NaN as long as nobody knows.
+        run_s: when it has run, so that its weights are in memory; NaN as long as nobody knows.
+        end_s: when it is written; likewise.
     """
 
-    __slots__ = ("end_s", "rank", "read_s", "ready_s", "turn", "unit", "update_s", "weights_s", "write_s")
+    __slots__ = ("end_s", "rank", "read_s", "ready_s", "run_s", "turn", "unit", "update_s", "weights_s", "write_s")
 
     def __init__(self, unit: int, rank: int, ready_s: float, disk: DiskQueue, work: UnitWork) -> None:
         self.unit, self.rank, self.ready_s, self.update_s = unit, rank, ready_s, work.update_s
@@ -31,7 +32,7 @@ class DiskUpdate:
         self.read_s = disk.read.seconds(work.disk_update_bytes) if work.disk_update_bytes else 0.0
         self.write_s = disk.write.seconds(work.disk_write_bytes) if work.disk_write_bytes else 0.0
         self.turn = -1
-        self.end_s = math.nan
+        self.run_s = self.end_s = math.nan
 
     @property
     def leaves_weights(self) -> bool:
@@ -78,7 +79,7 @@ class DiskQueue:
     >>> update = disk.update(0, 0, 0.0, unit)
     >>> load = disk.load(0, 0.0, unit)
     >>> disk.end_s(update), disk.end_s(load)
-    (5.0, 5.0)
+    (5.0, 3.0)
     >>> disk.end_s(disk.load(1, 0.0, unit)), disk.busy_s
     (6.0, 5.0)
     """
@@ -173,7 +174,10 @@ class DiskQueue:
             self._writing = _Head(update, update.write_s)
 
     def _may_load(self, load: DiskLoad) -> bool:
-        return load.ready_s <= self.now_s and (load.behind is None or load.behind.end_s <= self.now_s)
+        update = load.behind
+        if load.ready_s > self.now_s or update is None:
+            return load.ready_s <= self.now_s
+        return (update.run_s if self._is_in_memory(update) else update.end_s) <= self.now_s
 
     def _is_in_memory(self, update: DiskUpdate | None) -> bool:
         """Whether an update's place has not been taken by another since."""
@@ -192,7 +196,9 @@ class DiskQueue:
             self._num_taken -= 1
             self._lent.discard(written.unit)
         if self._to_run and self._run_end_s <= self.now_s:
-            self._to_write.append(self._to_run.popleft())
+            changed = self._to_run.popleft()
+            changed.run_s = self.now_s
+            self._to_write.append(changed)
             self._run_next()
         if self._reading is not None and self._reading.left_s <= 0.0:
             update = self._reading.job

@@ -55,6 +55,13 @@ def test_weights_are_in_memory_until_their_place_is_taken(between: int, seconds:
     assert queue.end_s(queue.load(0, over_s, unit())) == over_s + seconds
 
 
+def test_weights_are_loaded_from_memory_while_their_file_is_written() -> None:
+    queue = disk()
+    update = queue.update(0, 0, 0.0, unit(update_s=1.0))
+    load = queue.load(0, 0.0, unit())
+    assert (queue.end_s(load), queue.end_s(update)) == (4.0, 7.0)
+
+
 def test_weights_that_were_kept_are_not_read_for_their_update() -> None:
     queue = disk(num_places=2)
     for index in range(3):
@@ -75,9 +82,10 @@ def test_nothing_is_over_before_its_work_is_done(jobs: list[tuple[int, int, int,
         updates.append(queue.update(index, index, ready_s, work))
         loads.append(queue.load(index, ready_s, work))
         work_s += 2 * (weights + states)
-        least_s = ready_s + 2 * (weights + states) + update_s
-        assert queue.end_s(loads[-1]) >= queue.end_s(updates[-1]) >= least_s - 1e-6
-    assert max(map(queue.end_s, loads)) >= queue.busy_s - 1e-6
+        changed_s = ready_s + weights + states + update_s
+        assert queue.end_s(loads[-1]) >= changed_s - 1e-6
+        assert queue.end_s(updates[-1]) >= changed_s + weights + states - 1e-6
+    assert max(map(queue.end_s, [*loads, *updates])) >= queue.busy_s - 1e-6
     assert queue.busy_s >= work_s - 1e-6
 
 
