@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_superpipe.accounts import counters_of, finish_recording, kept_bytes, make_report, static_bytes
 from lightning_superpipe.aside import AsideRule, move_as_it_fits
+from lightning_superpipe.at_exit import close_at_exit
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.device_memory import device_limit
 from lightning_superpipe.engine.backend import is_separate
@@ -133,6 +134,7 @@ class Session:
         if trains:
             self.guard.watch()
         self.recording: Recording | None = None
+        close_at_exit(self)
 
     def _make_tuner(self, start: Setting, limit: int | None) -> Tuner:
         return make_tuner(
@@ -316,8 +318,9 @@ class Session:
 
     def abort(self) -> None:
         """Put the model in order after an exception."""
-        self._backward_scope.close()
-        self._engine.abort()
+        if self.is_open:
+            self._backward_scope.close()
+            self._engine.abort()
 
     # -- where everything fits
 
@@ -360,18 +363,8 @@ class Session:
         self._final_report = self.report()
         self.guard.close()
         self._engine.close()
-        del (
-            self._updates,
-            self._share,
-            self._aside,
-            self._engine,
-            self._meter,
-            self._tuner,
-            self._root,
-            self._optimizers,
-            self._tier,
-            self.guard,
-        )
+        del self._updates, self._share, self._aside, self._engine, self._meter, self._tuner
+        del self._root, self._optimizers, self._tier, self.guard
 
     # -- report
 

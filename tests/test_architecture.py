@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "optimizer": {"errors", "config", "planning", "tiers", "observe", "partition", "engine"},
     "host_memory": {"errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer"},
     "accounts": {"planning", "tiers", "observe", "engine", "optimizer", "host_memory"},
+    "at_exit": set(),
     "moving": set(),
     "aside": {"config", "planning", "knobs", "moving", "rewind", "tuning"},
     "rewind": {"errors", "engine"},
@@ -45,7 +46,18 @@ LAYERS: dict[str, set[str]] = {
     "guard": {"errors", "engine", "optimizer", "rewind", "tuning"},
     "session": {
         *("errors", "config", "planning", "tiers", "observe", "partition", "engine", "optimizer", "host_memory"),
-        *("accounts", "aside", "device_memory", "guard", "knobs", "profiling", "promotions", "rewind", "tuning"),
+        *(
+            "accounts",
+            "aside",
+            "at_exit",
+            "device_memory",
+            "guard",
+            "knobs",
+            "profiling",
+            "promotions",
+            "rewind",
+            "tuning",
+        ),
     },
     "forecast": {
         *("errors", "config", "planning", "observe", "partition", "engine", "optimizer", "host_memory", "knobs"),

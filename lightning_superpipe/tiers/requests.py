@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 __all__ = ["Requests"]
 
@@ -28,7 +28,7 @@ class Requests:
             for request in requests:
                 request()
             return
-        others = [self._threads.submit(request) for request in requests[1:]]
+        others = [_submitted(self._threads, request) for request in requests[1:]]
         try:
             for request in requests[:1]:
                 request()
@@ -41,3 +41,16 @@ class Requests:
         """End the threads."""
         if self._threads is not None:
             self._threads.shutdown()
+
+
+def _submitted(threads: ThreadPoolExecutor, request: Callable[[], None]) -> Future[None]:
+    """Let a pool issue a request; when the interpreter ends, pools end first, and the request is issued here."""
+    try:
+        return threads.submit(request)
+    except RuntimeError:
+        issued: Future[None] = Future()
+        try:
+            issued.set_result(request())
+        except OSError as error:
+            issued.set_exception(error)
+        return issued
