@@ -69,6 +69,7 @@ class Profiler:
         self._trail: list[Boundary] = []
         self._held: list[Held] = []
         self._peak = PeakBytes()
+        self._given_bytes, self._batch_bytes = 0, list[int]()  # in this step; in all, first in the last one counted
         self._spans: list[Span] = []
         self._marks: list[StepMark] = []
         self._is_timing = self._is_followed = False
@@ -97,10 +98,11 @@ class Profiler:
         if counts:
             self._begin_counting()
         self._engine.probes.on_boundary = self._note_boundary if counts or times else None
+        self._engine.probes.given_bytes, self._given_bytes = 0 if counts or times else None, 0
 
     def note_home(self) -> None:
         """Gradients of the step are home; where nothing is trained, its forward has been issued."""
-        self._home_s = now()
+        self._home_s, self._given_bytes = now(), self._engine.probes.given_bytes or 0
 
     def _note_boundary(self, name: str, unit: int) -> None:
         if self._meter.trail is not None:
@@ -115,13 +117,13 @@ class Profiler:
     def begin_training(self) -> None:
         """What follows is training: forget the passes without it."""
         self.drop()
-        self._trains = True
+        self._trains, self._batch_bytes = True, []
 
     def drop(self) -> None:
         """Forget the steps that are being measured: one has failed."""
         self.end_timing()
         self._marks, self._step_s, self._begin_s, self._meter.trail = [], [], 0.0, None
-        self._engine.probes.on_boundary = self._engine.probes.census = None
+        self._stop_listening()
 
     def close(self) -> None:
         """Measure no more."""
@@ -129,7 +131,11 @@ class Profiler:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._engine.probes.on_boundary = self._engine.probes.census = None
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        probes, self._given_bytes = self._engine.probes, 0
+        probes.on_boundary = probes.census = probes.given_bytes = None
 
     # -- bytes
 
@@ -139,13 +145,16 @@ class Profiler:
         probes.census = Census(self._engine.slots, self._engine.staying(), meter.counts, meter.note_saved)
         meter.trail, meter.step_peak = [], PeakBytes()
 
-    def end_counting(self) -> None:
+    def end_step(self) -> None:
         """The step is over; without gradients, also if nothing was held."""
-        probes, meter = self._engine.probes, self._meter
+        probes, meter, place = self._engine.probes, self._meter, len(self._batch_bytes)
         if probes.census is not None and meter.trail is not None:
             self._held, self._trail = probes.census.held(len(self._engine.units)), meter.trail
-            self._peak = meter.step_peak
-        probes.census = meter.trail = None
+            self._peak, place = meter.step_peak, 0
+        if self._given_bytes:
+            self._batch_bytes.insert(place, self._given_bytes)
+        probes.census = meter.trail = probes.given_bytes = None
+        self._given_bytes = 0
 
     # -- times
 
@@ -246,6 +255,7 @@ class Profiler:
             updates=self._updates_per_step() or 1.0,
             update_bytes=kept.updates,
             kernel_bytes=kept.kernels,
+            batch_bytes=tuple(self._batch_bytes),
         )
         if share := setting.update_on_device:
             is_host = not is_separate(self._engine.device)

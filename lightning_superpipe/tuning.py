@@ -211,11 +211,11 @@ class Tuner:
         """It is over."""
         if not self._trains:
             self._profiler.note_home()
-            self._profiler.end_counting()
+            self._profiler.end_step()
 
     def end_step(self, index: int) -> None:
         """A step is over, all of it."""
-        self._profiler.end_counting()
+        self._profiler.end_step()
         if index == 0 and self._config.activations == "auto" and self._config.device_memory is not None:
             self._keep_within_limit()
 

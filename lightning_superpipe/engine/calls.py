@@ -107,9 +107,9 @@ class UnitOwner(_EngineOwner):
 
         engine.enter(unit)
         try:
+            if is_outermost and op is Op.FORWARD:
+                engine.probes.given(unit.index, (args, kwargs))
             if is_outermost and op is Op.FORWARD and torch.is_grad_enabled():
-                if engine.probes.census is not None:
-                    engine.probes.census.give(unit.index, (args, kwargs))
                 output = engine.activations.run(unit, module, compute, args, kwargs)
             else:
                 output = compute(*args, **kwargs)

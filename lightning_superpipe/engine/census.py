@@ -111,6 +111,7 @@ class Probes:
         on_boundary: called with ``"F"`` or ``"B"`` and a unit's index after its compute, with ``"turn"`` when backward
             begins and ``"home"`` when its gradients are home.
         census: counts what autograd saves in units; None does not.
+        given_bytes: of the tensors that units were given in forward since it was 0; None counts none.
         last_use: what the engine was asked for last: ``"F"`` or ``"B"``, and the unit.
     """
 
@@ -118,6 +119,15 @@ class Probes:
         self.on_boundary: Callable[[str, int], None] | None = None
         self.last_use: tuple[str, Unit] | None = None
         self.census: Census | None = None
+        self.given_bytes: int | None = None
+
+    def given(self, unit: int, values: Any) -> None:
+        """A unit is called in forward."""
+        if self.given_bytes is not None:
+            tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+            self.given_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if self.census is not None and torch.is_grad_enabled():
+            self.census.give(unit, values)
 
     def boundary(self, name: str, index: int = -1) -> None:
         """Some compute is over."""

@@ -25,6 +25,7 @@ _NOT_STATE = (frozenset(nn.Module().__dict__) - {"training"}) | {
     "_flat_weight_refs",
     "_superpipe_owner",
 }
+_CONTAINERS = (list, dict, set, deque)  # a union of types would be made anew for every attribute
 _NORMS = (nn.modules.batchnorm._NormBase,)
 
 
@@ -33,7 +34,8 @@ def why_not_again(modules: Iterable[nn.Module], leaves: Iterable[Any]) -> str | 
     for module in modules:
         if isinstance(module, _NORMS) and module.training and module.track_running_stats:
             return f"{type(module).__name__} updates its statistics in forward"
-        if any(isinstance(value, torch.Generator) for value in module.__dict__.values()):
+        # A class is asked in C; torch answers for an instance in Python, for every attribute that is none.
+        if any(issubclass(type(value), torch.Generator) for value in module.__dict__.values()):
             return f"{type(module).__name__} draws from a generator of its own"
         if any(
             not _is_of_torch(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -108,7 +110,7 @@ def _attributes(modules: Iterable[nn.Module]) -> Iterable[_Attribute]:
     for module in modules:
         for name, value in module.__dict__.items():
             if name not in _NOT_STATE:
-                size = len(value) if isinstance(value, list | dict | set | deque) else -1
+                size = len(value) if isinstance(value, _CONTAINERS) else -1
                 yield _Attribute(type(module).__name__, name, value, size)
 
 

@@ -83,9 +83,10 @@ class UnitProfile:
     def _from_dict(cls, state: dict[str, Any]) -> UnitProfile:
         work = dict(state.pop("workload"))
         units = tuple(UnitWork(**{**unit, "policies": tuple(unit["policies"])}) for unit in work.pop("units"))
+        batch_bytes = tuple(work.pop("batch_bytes", ()))  # older files have none
         setting = state.pop("setting")
         return cls(
-            workload=Workload(units=units, **work),
+            workload=Workload(units=units, batch_bytes=batch_bytes, **work),
             speeds=Speeds(**{name: _read(value) for name, value in state.pop("speeds").items()}),
             setting=Setting(**{**setting, "activations": tuple(setting["activations"])}),
             indices=tuple(state.pop("indices")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_superpipe.planning.actions import Action, Op, Order, Plan, Use, format_actions, parse_actions
 from lightning_superpipe.planning.check import check_plan, residency
-from lightning_superpipe.planning.choose import ACTIVATION_MARGIN, Asked, Choice, Limits, choose
+from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
 from lightning_superpipe.planning.cost import loads_forward, loads_training, loads_unchanged
 from lightning_superpipe.planning.free_batch import FreeBatch, free_tokens, smallest_free_batch
 from lightning_superpipe.planning.lower import forward_keep, lower_window, spread
@@ -14,7 +14,6 @@ from lightning_superpipe.planning.simulate import simulate
 from lightning_superpipe.planning.workload import Curve, Setting, Speeds, UnitWork, Workload
 
 __all__ = [
-    "ACTIVATION_MARGIN",
     "Action",
     "Asked",
     "Choice",

@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from humanize import naturalsize
 
 from lightning_superpipe.errors import BudgetError, PlanError
+from lightning_superpipe.planning.margin import activation_margin
 from lightning_superpipe.planning.need import device_need, host_use, num_slots
 from lightning_superpipe.planning.prediction import PeakBytes, Prediction
 from lightning_superpipe.planning.search import Search
 from lightning_superpipe.planning.workload import Setting, Speeds, Workload
 
-__all__ = ["ACTIVATION_MARGIN", "Asked", "Choice", "Limits", "choose", "needed_bytes"]
-
-ACTIVATION_MARGIN = 0.1
-"""So much more may activations take than in the steps that were measured: batches differ in length and in content."""
+__all__ = ["Asked", "Choice", "Limits", "choose", "needed_bytes"]
 
 
 @dataclass(frozen=True)
@@ -117,11 +115,11 @@ class Choice:
 
 def needed_bytes(workload: Workload, setting: Setting) -> PeakBytes:
     """Return the device bytes to allow for a setting, with the margin on activations."""
-    return _with_margin(device_need(workload, setting))
+    return _with_margin(device_need(workload, setting), activation_margin(workload.batch_bytes))
 
 
-def _with_margin(need: PeakBytes) -> PeakBytes:
-    return need._replace(activations=need.activations + int(ACTIVATION_MARGIN * need.activations))
+def _with_margin(need: PeakBytes, margin: float) -> PeakBytes:
+    return need._replace(activations=need.activations + int(margin * need.activations))
 
 
 def choose(workload: Workload, speeds: Speeds, limits: Limits | None = None, asked: Asked | None = None) -> Choice:
@@ -166,6 +164,7 @@ on the host
 
 def _search(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) -> Search:
     beside_slots: dict[tuple[tuple[str, ...], int], float] = {}  # slots may take so much; below 0 nothing fits
+    margin = activation_margin(workload.batch_bytes)
 
     def room_for_slots(setting: Setting) -> float:
         if limits.host_bytes is not None and host_use(workload, setting).total > limits.host_bytes:
@@ -180,7 +179,7 @@ def _search(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) ->
         return num_slots(workload, setting) * workload.slot_bytes <= beside_slots[key]
 
     def keeps(prediction: Prediction) -> bool:
-        return limits.device_bytes is None or _with_margin(prediction.peak).total <= limits.device_bytes
+        return limits.device_bytes is None or _with_margin(prediction.peak, margin).total <= limits.device_bytes
 
     return Search(
         workload,

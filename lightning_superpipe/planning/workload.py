@@ -156,6 +156,8 @@ class Workload:
         update_bytes: what updates on the device keep there, if any unit is updated there.
         kernel_bytes: most that their kernels take beside that.
         ring: buffers between files and memory, for each of loads and updates.
+        batch_bytes: of the tensors that units are given in forward, in each step that was measured, first in the one
+            whose memory is this one's. They say how much batches differ; empty where only one batch is known.
     """
 
     units: tuple[UnitWork, ...]
@@ -172,6 +174,7 @@ class Workload:
     update_bytes: int = 0
     kernel_bytes: int = 0
     ring: int = 3
+    batch_bytes: tuple[int, ...] = ()
 
     @property
     def slot_bytes(self) -> int:

@@ -156,6 +156,19 @@ def test_a_plan_that_misses_is_replaced_a_few_times_then_the_fastest_stays(
     assert "the fastest of 4 plans" in said[-1]
 
 
+def test_batches_that_grow_behind_the_choice_are_said_and_planned_for(caplog: pytest.LogCaptureFixture) -> None:
+    grown = [x if step < STEP else x.repeat(4, 1) for step, x in enumerate(inputs(30))]
+    module = chain(NUM_BLOCKS, width=WIDTH, dropout=0.2)
+    with caplog.at_level("INFO"), attach(module, device="cpu", link=Link(), device_memory="8MiB") as pipe:
+        result = train(module, grown)
+        profile, choice = pipe.unit_profile(), pipe._session._tuner.choice
+    assert is_equal(result, train(chain(NUM_BLOCKS, width=WIDTH, dropout=0.2), grown))
+    said = [record.getMessage() for record in caplog.records]
+    assert any(re.search(r"it takes [\d.]+ MiB on the device, [\d.]+ MiB were predicted", each) for each in said)
+    assert profile is not None and len(set(profile.workload.batch_bytes)) == 2
+    assert choice is not None and choice.need.activations > 1.5 * choice.prediction.peak.activations
+
+
 def test_a_plan_that_was_tried_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [Setting(2), Setting(3), Setting(2), Setting(3)]
     monkeypatch.setattr(lightning_superpipe.tuning, "choose", promising(plans, share=2**-20))

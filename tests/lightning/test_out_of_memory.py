@@ -78,12 +78,12 @@ def data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(torch.randn(NUM_STEPS * BATCH, WIDTH, generator=generator)), batch_size=BATCH)
 
 
-def run(strategy: SuperpipeStrategy | None, *, device: Any = "emu", **options: Any) -> Result:
+def run(strategy: SuperpipeStrategy | None, *, device: Any = "emu", batches: Any = None, **options: Any) -> Result:
     L.seed_everything(3, verbose=False)
     random.seed(3)
     module = Network(**{name: options.pop(name) for name in ("fails_in", "when", "optimizer") if name in options})
     runner = trainer(device, strategy, **{"max_epochs": 2, "num_sanity_val_steps": 0, **options})
-    runner.fit(module, data())
+    runner.fit(module, batches or data())
     losses = module.losses
     if strategy is not None and len(losses) > 2 * NUM_STEPS:  # a failed attempt in backward has noted its loss
         losses = [loss for loss, after in zip(losses, [*losses[1:], None], strict=True) if loss != after]
@@ -137,6 +137,22 @@ def test_a_device_that_is_too_small_for_the_first_plan_is_enough_for_another(exp
         found = run(SuperpipeStrategy())
     assert_equal(found, expected)
     assert found.report.peak_device_bytes > small
+
+
+def test_a_batch_larger_than_any_before_is_met_by_a_smaller_plan(emu: torch.device) -> None:
+    rows = torch.randn(2 * NUM_STEPS + 7, BATCH, WIDTH, generator=torch.Generator().manual_seed(1))
+    sizes = [1] * (2 * NUM_STEPS - 1) + [8]
+    batches = DataLoader([[each.flatten(0, 1)] for each in rows.split(sizes)], batch_size=None)
+    base = used_bytes()
+    reset_peak()
+    run(SuperpipeStrategy(k=1, activations="recompute"), batches=batches, max_epochs=1)
+    least = peak_bytes() - base
+    with capacity(used_bytes() + int(1.1 * least)):
+        with pytest.raises(BudgetError, match="no room for a training step"):
+            run(SuperpipeStrategy(k=1, activations="keep"), batches=batches, max_epochs=1)
+        found = run(SuperpipeStrategy(), batches=batches, max_epochs=1)
+    assert "recompute" not in found.report.plan  # what was chosen for the batches that were seen
+    assert_equal(found, run(None, batches=batches, max_epochs=1))
 
 
 def test_without_a_smaller_plan_the_step_is_refused_with_all_knobs_and_the_way_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ def inputs(num_steps: int = 8) -> list[Tensor]:
     return [torch.randn(BATCH, WIDTH, generator=generator) for _ in range(num_steps)]
 
 
-def profile_of(model: nn.Module, num_steps: int = 8, **options: Any) -> UnitProfile | None:
+def profile_of(
+    model: nn.Module, num_steps: int = 8, batches: list[Tensor] | None = None, **options: Any
+) -> UnitProfile | None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with attach(model, optimizer, device="cpu", **{"k": 2, **options}) as pipe:
-        for x in inputs(num_steps):
+        for x in batches or inputs(num_steps):
             model(x).pow(2).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -140,6 +143,48 @@ def test_units_with_batch_norm_cannot_recompute_and_keep_their_batch_whole() -> 
     units = measured(model, activations={"*": "keep"}).workload.units
     assert units[2].policies == ("keep", "offload") and not units[2].splits
     assert units[1].policies == ("keep", "recompute", "offload") and units[1].splits
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activations": "recompute"}, {"activations": "recompute", "micro_batches": 4}]
+)
+def test_bytes_that_units_are_given_count_once_for_each_measured_step(options: dict[str, Any]) -> None:
+    batches = [x[:rows] for x, rows in zip(inputs(), [8, 16, 24, 32, 40, 48, 56, 64], strict=True)]
+    profile = measured(chain(NUM_BLOCKS, width=WIDTH), batches=batches, **options)
+    of_row = FLOAT * WIDTH * NUM_BLOCKS
+    assert profile.workload.batch_bytes == tuple(of_row * rows for rows in (16, 8, 24, 32, 40))  # the second is counted
+
+
+def test_passes_between_steps_are_no_batches() -> None:
+    model = chain(NUM_BLOCKS, width=WIDTH)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with attach(model, optimizer, device="cpu", k=2) as pipe:
+        for x in inputs():
+            model(x).mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                model(x.repeat(3, 1))
+        profile = pipe.unit_profile()
+    assert profile is not None
+    assert profile.workload.batch_bytes == (FLOAT * BATCH * WIDTH * NUM_BLOCKS,) * 5
+
+
+def test_passes_without_training_have_batches_as_well() -> None:
+    model = chain(NUM_BLOCKS, width=WIDTH)
+    with attach(model, device="cpu", device_memory="1GiB") as pipe, torch.no_grad():
+        for x in inputs():
+            model(x)
+        profile = pipe.unit_profile()
+    assert profile is not None
+    assert profile.workload.batch_bytes[:5] == (FLOAT * BATCH * WIDTH * NUM_BLOCKS,) * 5
+
+
+def test_a_profile_from_before_batches_were_noted_is_read(tmp_path: Path) -> None:
+    profile = measured(chain(NUM_BLOCKS, width=WIDTH))
+    profile.save(tmp_path / "units.json")
+    state = json.loads((tmp_path / "units.json").read_text())
+    assert state["workload"].pop("batch_bytes")
+    assert UnitProfile.parse(state) == replace(profile, workload=replace(profile.workload, batch_bytes=()))
 
 
 def test_a_saved_profile_is_read_back_equal(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from lightning_superpipe.planning import (
     simulate,
     smallest_free_batch,
 )
-from lightning_superpipe.planning.choose import ACTIVATION_MARGIN, needed_bytes
-from lightning_superpipe.planning.need import host_use
+from lightning_superpipe.planning.choose import needed_bytes
+from lightning_superpipe.planning.margin import activation_margin
+from lightning_superpipe.planning.need import device_need, host_use
 
 from .workloads import POLICIES, machine, workloads
 
@@ -61,6 +62,11 @@ def link(gb_s, *, both=None):
     )
 
 
+def with_margin(workload, peak):
+    """Bytes of a played peak, with the room for larger batches."""
+    return peak.total + int(activation_margin(workload.batch_bytes) * peak.activations)
+
+
 def exhaustive(workload, speeds, limits):
     """The seconds of the best of all settings."""
     n, best = len(workload.units), None
@@ -71,7 +77,7 @@ def exhaustive(workload, speeds, limits):
                 if needed_bytes(workload, setting).total > limits.device_bytes:
                     continue
                 step = simulate(workload, speeds, setting)
-                if step.peak.total + int(ACTIVATION_MARGIN * step.peak.activations) <= limits.device_bytes:
+                if with_margin(workload, step.peak) <= limits.device_bytes:
                     best = step.step_s if best is None else min(best, step.step_s)
     return best
 
@@ -88,7 +94,9 @@ def test_no_setting_of_a_small_model_is_much_faster_than_the_choice(workload, ra
         with pytest.raises(BudgetError):
             choose(workload, speeds, limits)
     else:
-        assert choose(workload, speeds, limits).prediction.step_s <= 1.05 * best
+        choice = choose(workload, speeds, limits)
+        assert choice.prediction.step_s <= 1.05 * best
+        assert max(choice.need.total, with_margin(workload, choice.prediction.peak)) <= limits.device_bytes
 
 
 @pytest.mark.parametrize("num_units", [6, 24])
@@ -107,6 +115,38 @@ def test_a_choice_keeps_its_limits_and_more_room_is_never_worse(num_units, speed
         assert choose(workload, speeds, limits) == choice
         assert before is None or choice.prediction.step_s <= 1.01 * before
         before = choice.prediction.step_s
+
+
+@pytest.mark.parametrize(
+    ("batch_bytes", "margin"),
+    [
+        ((), 0.1),
+        ((8, 8), 0.1),
+        ((8, 8, 8), 0.03),
+        ((8, 8, 8, 8, 8), 0.03),
+        ((1000, 1001, 1000), 0.1),
+        ((8, 12, 8, 8), 0.5),
+        ((12, 8, 8, 8), 4 / 12),
+        ((8, 12, 4, 8), 1.0),
+    ],
+)
+def test_room_for_larger_batches_follows_what_was_seen_of_them(batch_bytes, margin):
+    workload = replace(model(12), batch_bytes=batch_bytes)
+    keeps = Setting(k=2)
+    need, counted = needed_bytes(workload, keeps), device_need(workload, keeps)
+    assert need == counted._replace(activations=counted.activations + int(margin * counted.activations))
+    assert choose(workload, link(3), Limits(device_bytes=4 << 30)).need.activations == need.activations
+
+
+def test_equal_batches_let_more_units_keep_than_batches_that_differ():
+    counted = device_need(model(12), Setting(k=2))
+    limits = Limits(device_bytes=counted.total + counted.activations // 20)
+    policies = [
+        choose(replace(model(12), batch_bytes=each), link(3), limits).setting.activations
+        for each in [(8, 8, 8), (), (8, 12, 8)]
+    ]
+    num_kept = [each.count("keep") for each in policies]
+    assert num_kept[0] > num_kept[1] > num_kept[2]
 
 
 def test_where_everything_fits_no_unit_leaves():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from lightning_superpipe.planning import Curve, Setting, Speeds, UnitWork, Workload
 
 POLICIES = ("keep", "recompute", "offload")
+BATCHES = ((), (8, 8, 8, 8), (8, 9, 8, 8), (8, 16, 4, 8))  # nothing is known, equal, nearly, of many lengths
 
 
 def machine(h2d_bytes_per_s: float = 1.0, d2h_bytes_per_s: float = 1.0, **more) -> Speeds:
@@ -48,6 +49,7 @@ def workloads(draw: st.DrawFn, max_units: int = 7) -> Workload:
         turn_bytes=draw(st.integers(0, 20)),
         between_s=float(draw(st.integers(0, 4))),
         lowest=draw(st.integers(0, n - 1)),
+        batch_bytes=draw(st.sampled_from(BATCHES)),
     )
 
 
