@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from lightning_superpipe.adapters.checkpoint import own_memory, reading_pages
 from lightning_superpipe.adapters.disk import Advice
 from lightning_superpipe.adapters.drafts import Shelter
 from lightning_superpipe.adapters.materialize import refuse_meta
+from lightning_superpipe.adapters.updating import updating
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import ConfigError, SuperpipeError, UnsupportedError
 from lightning_superpipe.moving import bring_home
@@ -179,6 +180,21 @@ class SuperpipeAccelerator(Accelerator):  # type: ignore[misc]  # accelerate shi
                 self._choose_fused(optimizer)
 
     # -- what users ask
+
+    def updating(self, optimizer: Any) -> AbstractContextManager[None]:
+        """Scope of a backward pass and the step after it, a promise that nobody touches gradients in between.
+
+        ::
+
+            with accelerator.updating(optimizer):
+                accelerator.backward(loss)
+                optimizer.step()
+
+        As :meth:`Pipe.updating`; it does nothing where gradients are scaled, or still accumulate.
+        """
+        if self.scaler is not None or not self.sync_gradients:
+            return nullcontext()
+        return updating(self._sessions, optimizer)
 
     def report(self, index: int = 0) -> Report:
         """What streaming cost and saved, for the model that was prepared as number ``index``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_superpipe.adapters.checkpoint import CheckpointMixin
 from lightning_superpipe.adapters.materialize import materialize
+from lightning_superpipe.adapters.updating import updating
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import SuperpipeError, UnsupportedError
 from lightning_superpipe.observe.report import Report
@@ -87,6 +89,20 @@ class FabricSuperpipeStrategy(SingleDeviceStrategy):
     def _attend(self) -> None:
         for session in self._sessions:
             session.attend(self._optimizers)
+
+    def updating(self, optimizer: Any) -> AbstractContextManager[None]:
+        """Scope of a backward pass and the step after it, a promise that nobody touches gradients in between.
+
+        ::
+
+            with fabric.strategy.updating(optimizer):
+                fabric.backward(loss)
+                optimizer.step()
+
+        As :meth:`Pipe.updating`; it does nothing where gradients are scaled.
+        """
+        scales = getattr(self.precision, "scaler", None) is not None
+        return nullcontext() if scales else updating(self._sessions, optimizer)
 
     def report(self, index: int = 0) -> Report:
         """What streaming cost and saved, for the module that was set up as number ``index``.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_superpipe.engine.arrivals import Scaling, take
 from lightning_superpipe.engine.catalog import Catalog
 from lightning_superpipe.engine.pending import Pending, unfenced
-from lightning_superpipe.optimizer.separable import Member
+from lightning_superpipe.optimizer.separable import Member, options
 
 __all__ = ["Announced", "Part", "by_unit"]
 
@@ -27,14 +29,20 @@ class Announced:
 
     Attributes:
         ranks: place of each unit in the order in which the next forward is expected to need them.
+        lends: gradients of units that have been updated may be gone.
     """
 
     optimizer: Optimizer
-    groups: list[dict[str, Any]]
     members: dict[int, list[Member]]
     ranks: dict[int, int]
+    lends: bool = False
     home: dict[int, Counter[int]] = field(default_factory=dict)
     updated: dict[int, Part] = field(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> list[dict[str, Any]]:
+        """Options of all groups when the first gradients are home: until then a training step may change them."""
+        return options(self.optimizer)
 
 
 class Part:
@@ -59,6 +67,7 @@ class Part:
         self._also = also
         self._step: Callable[[], None] | None = None
         self._scalings: list[Scaling] = []
+        self._taken: list[tuple[weakref.ref[Tensor], int]] = []
         self._lock = threading.Lock()
 
     def tensors(self) -> list[Tensor]:
@@ -77,7 +86,20 @@ class Part:
             if self._step is None:
                 pending.hold(self.gradients())
                 self._scalings = take(self.gradients())
+                self._taken = [(weakref.ref(each), each._version) for each in self.gradients() if each is not None]
                 self._step = self.narrow(self.optimizer, self._groups, self.members)
+
+    def was_overtaken(self, *, may_be_gone: bool) -> bool:
+        """Whether gradients have been replaced, changed or dropped since they were taken."""
+        with self._lock, unfenced():
+            now = [each for each in self.gradients() if each is not None]
+            if not self._taken or (may_be_gone and not now):
+                return False
+            are_same = len(now) == len(self._taken) and all(
+                taken() is each and version == each._version
+                for each, (taken, version) in zip(now, self._taken, strict=True)
+            )
+            return not are_same
 
     @property
     def is_unscaled(self) -> bool:

@@ -32,6 +32,7 @@ from torch.optim import (
 
 __all__ = [
     "Member",
+    "has_options",
     "is_scaled",
     "is_separable",
     "keeps_state",
@@ -42,6 +43,7 @@ __all__ = [
     "put_in_order",
     "run_for",
     "step_of",
+    "trained",
 ]
 
 # Exact classes: a subclass may look at all parameters in a `step` of its own.
@@ -99,6 +101,38 @@ def options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [
         {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
+    ]
+
+
+def has_options(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether all groups have just these options still.
+
+    >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    >>> taken = options(optimizer)
+    >>> optimizer.param_groups[0]["lr"] = 0.2
+    >>> has_options(optimizer, taken), has_options(optimizer, options(optimizer))
+    (False, True)
+    """
+    now = options(optimizer)
+    return len(now) == len(groups) and all(
+        mine.keys() == others.keys() and all(_is_same(mine[key], others[key]) for key in mine)
+        for mine, others in zip(now, groups, strict=True)
+    )
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) or isinstance(other, Tensor):
+        return isinstance(value, Tensor) and isinstance(other, Tensor) and torch.equal(value, other)
+    return bool(value == other)
+
+
+def trained(optimizer: Optimizer) -> list[Member]:
+    """Return the parameters that a step behind the next backward pass is expected to change."""
+    return [
+        Member(index, parameter)
+        for index, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+        if parameter.requires_grad or parameter.grad is not None
     ]
 
 

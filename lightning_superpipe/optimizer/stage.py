@@ -35,6 +35,7 @@ from lightning_superpipe.optimizer.bench import Bench
 from lightning_superpipe.optimizer.device import DeviceUpdates
 from lightning_superpipe.optimizer.masters import Masters
 from lightning_superpipe.optimizer.parts import Announced, Part, by_unit
+from lightning_superpipe.optimizer.promise import require_promise
 from lightning_superpipe.optimizer.separable import (
     Member,
     is_scaled,
@@ -46,6 +47,7 @@ from lightning_superpipe.optimizer.separable import (
     parameters_of,
     put_in_order,
     run_for,
+    trained,
 )
 from lightning_superpipe.optimizer.stored import StoredUpdates
 
@@ -167,6 +169,7 @@ class UpdateStage:
 
     def _take_over(self, optimizer: Optimizer) -> None:
         """Start the parts of a step, and leave nothing to the optimizer itself."""
+        require_promise(self._announced, optimizer, self._engine.units, self.withdraw)
         updated = self._end_announced(optimizer)
         for unit in self._units_of(optimizer):
             if unit.index not in updated:
@@ -313,14 +316,9 @@ class UpdateStage:
         if optimizer not in self._hooks or not self.in_thread:
             return
         self._has_announced = True
-        everything = [
-            Member(index, parameter)
-            for index, group in enumerate(optimizer.param_groups)
-            for parameter in group["params"]
-            if parameter.requires_grad or parameter.grad is not None
-        ]
+        expected = by_unit(self._engine.catalog, trained(optimizer))
         ranks = {unit.index: rank for rank, unit in enumerate(self._engine.units_by_need())}
-        self._announced = Announced(optimizer, options(optimizer), by_unit(self._engine.catalog, everything), ranks)
+        self._announced = Announced(optimizer, expected, ranks, lends)
         self._engine.gradients.on_home = self._note_home
         self._engine.gradients.may_lend = self._may_lend if lends and self._stored is None else None
         if self._stored is not None:

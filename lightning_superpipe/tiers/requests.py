@@ -50,7 +50,8 @@ def _submitted(threads: ThreadPoolExecutor, request: Callable[[], None]) -> Futu
     except RuntimeError:
         issued: Future[None] = Future()
         try:
-            issued.set_result(request())
+            request()
+            issued.set_result(None)
         except OSError as error:
             issued.set_exception(error)
         return issued

@@ -48,6 +48,16 @@ class Manual(Kept):
         return loss
 
 
+class OwnSchedule(Kept):
+    """Sets the options of a step in the step itself, as loops without a scheduler do."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        optimizer: Any = self.optimizers()
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 1e-2 * (1 + batch_idx), 0.1 * batch_idx
+        return super().training_step(batch, batch_idx)
+
+
 class Whole(Kept):
     """An optimizer that is known to no one."""
 
@@ -96,6 +106,7 @@ def is_same(left: ProbeModule, right: ProbeModule) -> bool:
     ("kind", "options", "in_backward"),
     [
         (Kept, {}, True),
+        (OwnSchedule, {}, True),
         (Kept, {"accumulate_grad_batches": 2}, True),
         (Kept, {"gradient_clip_val": 0.1}, False),
         (Kept, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, False),

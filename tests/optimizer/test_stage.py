@@ -18,6 +18,7 @@ from lightning_superpipe.engine.host_lane import HostEvent
 from lightning_superpipe.engine.lanes import Lanes
 from lightning_superpipe.engine.pending import Pending
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
+from lightning_superpipe.errors import SuperpipeError
 from lightning_superpipe.optimizer import UpdateStage, separable, stage
 from tests.engine.tiny import CPU, Chain, batches, chain, open_engine
 from tests.optimizer.late_updates import LateStage
@@ -256,4 +257,5 @@ def test_numbers_are_wrong_where_updates_in_backward_do_not_wait_for_gradients(m
         start(self, unit, part, bench, after=stage.Past(), rank=rank)
 
     monkeypatch.setattr(UpdateStage, "_start", at_once)
-    assert not streams_to_the_same(LOOPS["accumulated"], in_backward=True, stage_of=UpdateStage, max_delay_ms=10.0)
+    with contextlib.suppress(SuperpipeError):  # or it is noticed
+        assert not streams_to_the_same(LOOPS["accumulated"], in_backward=True, stage_of=UpdateStage, max_delay_ms=10.0)
