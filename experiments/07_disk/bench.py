@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from compare import GRID, measure_grid, prediction_lines
 from limits import remove_group
-from rates import measure
+from rates import Rates, measure
 from safetensors.torch import save_file
 from work import Job, network
 
@@ -80,28 +80,44 @@ def limit(job: Job, factor: float) -> dict[str, Any]:
 def pace(job: Job, folder: Path, loops: list[str], batches: list[int]) -> list[dict[str, Any]]:
     """Time steps with files against the same in memory, and against what the disk needs for their bytes.
 
-    The disk of a virtual machine is as fast as its neighbours let it: it is measured before and after each run.
+    A virtual machine is as fast as its neighbours let it: disk and ordinary run are measured before and after each run.
     """
     rows = []
     for batch in batches:
         for loop in loops:
             way = job._replace(batch=batch, with_trainer=loop == "trainer", announces=loop == "announced")
-            around = [measure(folder, 4 * 8 * job.width**2, job.blocks, PACE_ROUNDS)]
+            around, ordinary = [], [run(way)]
+            around.append(measure(folder, 4 * 8 * job.width**2, job.blocks, PACE_ROUNDS))
             stored = run(way._replace(store=IN_FILES))
             around.append(measure(folder, 4 * 8 * job.width**2, job.blocks, PACE_ROUNDS))
-            plain = run(way)
-            # The first steps make states and fill caches; the last one's update has nothing to hide under.
-            step, compute = (statistics.median(found["step_seconds"][2:]) for found in (stored, plain))
-            read, write = (
-                statistics.median([rate for rates in around for rate in rates[name]])
-                for name in ("plain_read", "plain_write")
-            )
-            disk = stored["read_bytes"] / read + stored["written_bytes"] / write
-            row = {"loop": loop, "batch": batch, "step_s": step, "compute_s": compute, "disk_s": disk}
-            row |= {"over": step / max(compute, disk), "read_b_s": read, "write_b_s": write}
+            ordinary.append(run(way))
+            row = {"loop": loop, "batch": batch} | _paced(stored, ordinary, around)
             rows.append(row | {name: stored[name] for name in ("read_bytes", "written_bytes", "step_seconds")})
             print(_pace_line(row), flush=True)
     return rows
+
+
+def _paced(stored: dict[str, Any], ordinary: list[dict[str, Any]], around: list[Rates]) -> dict[str, float]:
+    """Return the seconds of a step, of compute and of the disk, and the least that the loop's rule allows.
+
+    A loop that promises nothing updates under the next forward alone: then each pass has a bound of its own.
+    """
+
+    def seconds(found: list[dict[str, Any]], name: str) -> float:
+        # The first steps make states and fill caches; the last one's update has nothing to hide under.
+        return statistics.median([each for run in found for each in run[name][2:]])
+
+    read, write = (
+        statistics.median([rate for rates in around for rate in rates[name]]) for name in ("plain_read", "plain_write")
+    )
+    step, compute = seconds([stored], "step_seconds"), seconds(ordinary, "step_seconds")
+    disk = stored["read_bytes"] / read + stored["written_bytes"] / write
+    row = {"step_s": step, "compute_s": compute, "disk_s": disk, "bound_s": max(compute, disk)}
+    if "forward_seconds" in stored:
+        forward = seconds(ordinary, "forward_seconds")
+        back = stored["backward_bytes"][0] / read + stored["backward_bytes"][1] / write
+        row |= {"by_pass_s": max(forward, disk - back) + max(compute - forward, back)}
+    return row | {"over": step / row["bound_s"], "read_b_s": read, "write_b_s": write}
 
 
 def parts(job: Job, batches: list[int]) -> list[dict[str, Any]]:
@@ -128,6 +144,7 @@ def _pace_line(row: dict[str, Any]) -> str:
         f"{row['loop']}, batch {row['batch']}: step {row['step_s']:.2f} s, compute {row['compute_s']:.2f} s, "
         f"disk {row['disk_s']:.2f} s ({row['read_b_s'] / 1e9:.2f} and {row['write_b_s'] / 1e9:.2f} GB/s); "
         f"{row['over']:.2f} times the larger"
+        + (f", {row['step_s'] / row['by_pass_s']:.2f} times what each pass allows" if row["loop"] == "plain" else "")
     )
 
 

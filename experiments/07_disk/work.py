@@ -116,17 +116,22 @@ def train(job: Job) -> dict[str, Any]:
         options = {"store": job.store, "update": job.update, "record_step": job.record_step}
         options |= {} if job.ring is None else {"disk": {"ring": job.ring}}
         pipe = attach(model, optimizer, device="cpu", k=job.k, **options)
-    losses, seconds = [], []
-    for _ in range(job.steps):
+    losses, seconds, forwards, in_backward = [], [], [], [0, 0]
+    for number in range(job.steps):
         start = time.perf_counter()
         loss = model(torch.randn(job.batch, job.width, generator=generator)).pow(2).mean()
+        forwards.append(time.perf_counter() - start)
+        before = _traffic(pipe) if number == job.steps - 1 else [0, 0]
         with contextlib.nullcontext() if pipe is None or not job.announces else pipe.updating(optimizer):
             loss.backward()
+            if number == job.steps - 1:
+                in_backward = [now - then for now, then in zip(_traffic(pipe), before, strict=True)]
             optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - start)
-    found: dict[str, Any] = {"losses": losses, "step_seconds": seconds}
+    found: dict[str, Any] = {"losses": losses, "step_seconds": seconds, "forward_seconds": forwards}
+    found["backward_bytes"] = in_backward  # read and written
     if pipe is not None:
         report = pipe.report()
         found |= {"read_bytes": report.last_step.disk_read_bytes, "written_bytes": report.last_step.disk_written_bytes}
@@ -140,6 +145,12 @@ def train(job: Job) -> dict[str, Any]:
     if pipe is not None:
         pipe.close()
     return found
+
+
+def _traffic(pipe: Any) -> list[int]:
+    """Bytes read from and written to files so far."""
+    total = None if pipe is None else pipe.report().total
+    return [0, 0] if total is None else [total.disk_read_bytes, total.disk_written_bytes]
 
 
 def train_by_trainer(job: Job) -> dict[str, Any]:
