@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -61,6 +61,8 @@ class DirectFile:
         self._is_open = True
         self.size = self._end = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)
+        # Finalizers run on any thread, in the middle of anything: they take no lock, they only queue.
+        self._returned: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
         self.num_read_bytes = self.num_written_bytes = 0
 
@@ -83,6 +85,9 @@ class DirectFile:
         """
         size = padded(num_bytes)
         with self._lock:
+            while self._returned:
+                returned, free_size = self._returned.popleft()
+                self._free[free_size].append(returned)
             if self._free[size]:
                 return self._free[size].pop()
             self.grow(size)
@@ -90,9 +95,8 @@ class DirectFile:
             return offset
 
     def give_back(self, offset: int, num_bytes: int) -> None:
-        """Let a region be used again."""
-        with self._lock:
-            self._free[padded(num_bytes)].append(offset)
+        """Let a region be used again; callable from finalizers."""
+        self._returned.append((offset, padded(num_bytes)))
 
     def read(self, offset: int, target: Tensor) -> None:
         """Fill host memory from the file, several requests at once; blocks.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
@@ -108,11 +109,14 @@ class DiskSlab(StoredSlab):
         )
 
     def close(self) -> None:
-        if self.is_open:
-            self.is_open = False
-            self._file.give_back(self.offset, self.num_bytes)
-            if self._spare is not None:
-                self._file.give_back(self._spare, self.num_bytes)
+        if not self.is_open:
+            return
+        self.is_open = False
+        if self._spare is not None:
+            self._file.give_back(self._spare, self.num_bytes)
+        if self._pages is not None:  # somebody may hold what was carved: nobody else gets the bytes before that is gone
+            gone = weakref.finalize(self._pages.buffer, self._file.give_back, self.offset, self.num_bytes)
+            gone.atexit, self._pages, self._bytes = False, None, torch.empty(0, dtype=torch.uint8)
 
 
 class DiskTier(Tier):
