@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.slots import ALIGNMENT, storage_use_count
 from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.optimizer.state_size import missing_state_sizes
 from lightning_superpipe.tiers import StoredSlab, Tier, trim_heap
 
 __all__ = ["StateHomes"]
@@ -33,11 +35,26 @@ class StateHomes:
     def __init__(self, tier: Tier) -> None:
         self._tier = tier
         self._homes: WeakKeyDictionary[Optimizer, dict[int, _Home]] = WeakKeyDictionary()
+        self._to_come: WeakKeyDictionary[Optimizer, Sequence[Unit]] = WeakKeyDictionary()
 
     def slab(self, unit: Unit, optimizer: Optimizer) -> StoredSlab | None:
         """The states of a unit's parameters in one optimizer; None where none are in files."""
         home = self._homes.get(optimizer, {}).get(unit.index)
         return None if home is None else home.slab
+
+    def reserve(self, optimizer: Optimizer, units: Sequence[Unit], *, with_masters: bool) -> None:
+        """Take the room of states that will be made, those of optimizers from before included.
+
+        Raises:
+            BudgetError: the disk has no room for them.
+        """
+        self._to_come[optimizer] = units
+        layouts = (
+            missing_state_sizes(each, unit.parameters, with_masters=with_masters)
+            for each, its_units in self._to_come.items()
+            for unit in its_units
+        )
+        self._tier.reserve(sum(map(_aligned, layout)) for layout in layouts)
 
     def adopt(self, unit: Unit, optimizer: Optimizer) -> None:
         """Move the states of a unit's parameters into its slab, as far as they are not there: made or loaded anew.

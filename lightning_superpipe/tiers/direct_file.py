@@ -66,16 +66,19 @@ class DirectFile:
         self._lock = threading.Lock()
         self.num_read_bytes = self.num_written_bytes = 0
 
+    def missing(self, num_bytes: int) -> int:
+        """Return how much larger the file must be to hold so many bytes beside those that regions use."""
+        return max(0, self._end + num_bytes - self.size)
+
     def grow(self, num_bytes: int) -> None:
-        """Take so many bytes of the disk beyond those that regions use.
+        """Take so many more bytes of the disk.
 
         Raises:
             OSError: the disk is full.
         """
-        missing = self._end + num_bytes - self.size
-        if missing > 0:
-            os.posix_fallocate(self.descriptor, self.size, missing)
-            self.size += missing
+        if num_bytes > 0:
+            os.posix_fallocate(self.descriptor, self.size, num_bytes)
+            self.size += num_bytes
 
     def region(self, num_bytes: int) -> int:
         """Return the offset of a region of ``padded(num_bytes)`` bytes that nobody else has.
@@ -90,7 +93,7 @@ class DirectFile:
                 self._free[free_size].append(returned)
             if self._free[size]:
                 return self._free[size].pop()
-            self.grow(size)
+            self.grow(self.missing(size))
             offset, self._end = self._end, self._end + size
             return offset
 

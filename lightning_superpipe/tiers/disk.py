@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -146,7 +147,7 @@ class DiskTier(Tier):
                 self.file.go_through_cache()
         except OSError as error:
             self.file.close()
-            raise folder.full(BLOCK) from error
+            raise folder.full(BLOCK, error) from error
         if not self.file.is_direct:
             warnings.warn(
                 f"files in {str(folder.path)!r} cannot be read past the page cache: the disk store goes through it, "
@@ -163,19 +164,23 @@ class DiskTier(Tier):
     def part(self, kind: str, *, pin: bool | None = None) -> Tier:
         return self
 
-    def reserve(self, num_bytes: int) -> None:
-        needed = padded(num_bytes) * (2 if self.can_undo else 1)
-        self._folder.require(needed)
+    def reserve(self, sizes: Iterable[int]) -> None:
+        missing = self.file.missing(sum(map(self._taken_by, sizes)))
+        self._folder.require(missing)
         try:
-            self.file.grow(needed)
+            self.file.grow(missing)
         except OSError as error:
-            raise self._folder.full(needed) from error
+            raise self._folder.full(missing, error) from error
+
+    def _taken_by(self, num_bytes: int) -> int:
+        """Bytes of the file that a slab takes."""
+        return padded(num_bytes) * (2 if self.can_undo else 1)
 
     def allocate(self, num_bytes: int) -> DiskSlab:
         try:
             slab = DiskSlab(self, num_bytes)
         except OSError as error:
-            raise self._folder.full(padded(num_bytes) * (2 if self.can_undo else 1)) from error
+            raise self._folder.full(self._taken_by(num_bytes), error) from error
         self._slabs = [*(other for other in self._slabs if other.is_open), slab]
         return slab
 

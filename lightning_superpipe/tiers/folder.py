@@ -105,13 +105,18 @@ class Folder:
         if num_bytes > free:
             raise self.full(num_bytes)
 
-    def full(self, num_bytes: int) -> BudgetError:
-        """Return the error that the disk has no room for so many bytes."""
+    def full(self, num_bytes: int, refused: OSError | None = None) -> BudgetError:
+        """Return the error that the disk has no room for so many bytes.
+
+        Args:
+            refused: what the system said; a limit of files or of a user may be below what the disk has.
+        """
         free = shutil.disk_usage(self.path).free
+        said = "" if refused is None else f" (the system says: {refused.strerror or refused})"
         return BudgetError(
-            f"the disk store needs {_size(num_bytes)} more in {str(self.path)!r}, and the disk has {_size(free)} left. "
-            "Make room, choose a disk.folder on a larger disk, put fewer kinds there (store={'states': 'disk'}), or "
-            "set disk.undo=False, which halves the need."
+            f"the disk store needs {_size(num_bytes)} more in {str(self.path)!r}, and the disk has {_size(free)} left"
+            f"{said}. Make room, choose a disk.folder on a larger disk, put fewer kinds there "
+            "(store={'states': 'disk'}), or set disk.undo=False, which halves the need."
         )
 
     def close(self) -> None:
