@@ -95,6 +95,11 @@ class DiskSlab(StoredSlab):
         self._has_stored = False
         self._exchange()
 
+    def leave_file(self) -> None:
+        """Let the file keep what it has: what is written to the tensors from now on goes to memory."""
+        if self._pages is not None:
+            self._pages.move(self._file.descriptor, self.offset, writes_through=False)
+
     def _exchange(self) -> None:
         assert self._spare is not None and self._pages is not None, "only what was stored beside can be exchanged"
         self._pages.move(self._file.descriptor, self._spare)

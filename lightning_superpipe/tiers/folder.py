@@ -17,9 +17,10 @@ from humanize import naturalsize
 from lightning_superpipe.config import Disk
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
 
-__all__ = ["MANIFEST", "Folder"]
+__all__ = ["DRAFT", "MANIFEST", "Folder"]
 
 MANIFEST = "manifest.json"
+DRAFT = f"{MANIFEST}.draft"
 _LOCK = "lock"
 _OWN = "superpipe-"
 _SUFFIX = ".bytes"
@@ -88,8 +89,9 @@ class Folder:
             )
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        for left in self.path.glob(f"*{_SUFFIX}"):  # no manifest: a run that was killed; nobody can tell what is whole
-            left.unlink()
+        # No manifest: a run that was killed; nobody can tell what is whole.
+        for left in (*self.path.glob(f"*{_SUFFIX}"), self.path / DRAFT):
+            left.unlink(missing_ok=True)
 
     def file(self, kind: str) -> Path:
         """Return the path of a kind's file."""

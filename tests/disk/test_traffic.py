@@ -230,6 +230,15 @@ def test_kept_files_give_weights_and_states_back(tmp_path: Path) -> None:
         attach(model, device="cpu", k=2, store="disk", disk={"folder": str(tmp_path)})
 
 
+def test_training_on_in_memory_leaves_what_was_kept_as_it_was(tmp_path: Path) -> None:
+    model, optimizer = kept(tmp_path)
+    before = left(model, optimizer)
+    step(model, optimizer, 2)
+    assert not left(model, optimizer).equals(before)
+    found = open_kept(tmp_path).weights.values()
+    assert all(map(torch.equal, found, before.weights))
+
+
 @pytest.mark.parametrize("kind", ["weights", "states"])
 @pytest.mark.parametrize("damage", ["truncated", "altered", "gone"])
 def test_kept_files_that_were_damaged_are_refused_by_name(kind: str, damage: str, tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def test_second_run_is_refused_while_the_first_uses_the_folder(tmp_path: Path) -
 
 def test_files_that_a_killed_run_has_left_are_cleared_away(tmp_path: Path) -> None:
     (tmp_path / "weights.bytes").write_bytes(b"torn")
+    (tmp_path / "manifest.json.draft").write_text("{")
     (tmp_path / "mine.txt").write_text("a user's own file")
     folder = Folder(Disk(folder=str(tmp_path)))
     assert not (tmp_path / "weights.bytes").exists()
