@@ -146,13 +146,16 @@ class DiskTier(Tier):
         self.can_undo = with_undo and options.undo
         self._slabs: list[DiskSlab] = []
         self._stored: list[DiskSlab] = []
-        self.file = DirectFile(folder.file(kind), requests, is_named=options.keep)
+        try:
+            self.file = DirectFile(folder.file(kind), requests, is_named=folder.keeps)
+        except OSError as error:
+            raise folder.refused(error) from error
         try:
             if self.file.is_direct and not _is_coherent(self.file):
                 self.file.go_through_cache()
         except OSError as error:
             self.file.close()
-            raise folder.full(BLOCK, error) from error
+            raise folder.refused(error) from error
         if not self.file.is_direct:
             warnings.warn(
                 f"files in {str(folder.path)!r} cannot be read past the page cache: the disk store goes through it, "

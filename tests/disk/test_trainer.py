@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,8 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_superpipe import SuperpipeStrategy
-from lightning_superpipe.errors import TransferError
+from lightning_superpipe import SuperpipeStrategy, open_kept
+from lightning_superpipe.errors import TransferError, UnsupportedError
 from lightning_superpipe.observe.trace import Lane, Recording
 from tests.disk.loops import WIDTH, Left, Model, left
 
@@ -88,3 +89,27 @@ def test_failure_that_only_the_end_of_the_run_meets_is_told_there_by_name(monkey
     with pytest.raises(TransferError, match=r"unit 'model\.blocks\.\d' failed.*has been undone"):
         fit(strategy, fused=False, callbacks=[LastWriteFails(monkeypatch)])
     assert strategy.report().num_steps == NUM_STEPS
+
+
+class WithTest(Module):
+    def test_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("loss", self.model(batch).pow(2).mean())
+
+
+def test_what_is_kept_is_kept_by_training_whatever_is_tested_before_and_after(tmp_path: Path) -> None:
+    options = {"folder": str(tmp_path / "store"), "keep": True}
+    trainer = L.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        strategy=SuperpipeStrategy(k=2, store="disk", disk=options),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    module, batches = WithTest(fused=False), list(torch.ones(NUM_STEPS, 4, WIDTH))
+    for run in (trainer.test, trainer.fit, trainer.test):
+        run(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type, operator]
+    weights = open_kept(tmp_path / "store").weights
+    assert all(map(torch.equal, weights.values(), module.parameters()))
+    with pytest.raises(UnsupportedError, match="has kept"):
+        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
