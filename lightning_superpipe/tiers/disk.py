@@ -189,7 +189,7 @@ class DiskTier(Tier):
             slab = DiskSlab(self, num_bytes)
         except OSError as error:
             raise self._folder.full(self._taken_by(num_bytes), error) from error
-        self._slabs = [*(other for other in self._slabs if other.is_open), slab]
+        self._slabs = [*filter(_is_open, self._slabs), slab]
         return slab
 
     def takes(self, tensor: Tensor) -> bool:
@@ -212,18 +212,18 @@ class DiskTier(Tier):
 
     def commit(self) -> None:
         stored, self._stored = self._stored, []
-        for slab in stored:
+        for slab in filter(_is_open, stored):
             slab.commit()
 
     def undo(self) -> None:
         stored, self._stored = self._stored, []
-        for slab in stored:
+        for slab in filter(_is_open, stored):
             slab.undo()
 
     @property
     def slabs(self) -> list[DiskSlab]:
         """Those that are open."""
-        return [slab for slab in self._slabs if slab.is_open]
+        return list(filter(_is_open, self._slabs))
 
     @property
     def allocated_bytes(self) -> int:
@@ -242,6 +242,10 @@ class DiskTier(Tier):
             slab.is_open = False
         self._slabs.clear()
         self.file.close()
+
+
+def _is_open(slab: DiskSlab) -> bool:
+    return slab.is_open
 
 
 def _is_coherent(file: DirectFile) -> bool:
