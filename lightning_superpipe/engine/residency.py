@@ -249,7 +249,7 @@ class Residency:
                 with raw_tensors():
                     write_home(host.data, twin.data)
                 unit.versions[index] = twin._version
-                unit.num_doubts += 1
+                unit.note_written([index])
                 self.num_copied_back += 1
 
     def part_with_stashed(self, unit: Unit) -> None:

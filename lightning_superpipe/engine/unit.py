@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from functools import cache
 
 import torch
@@ -219,6 +219,14 @@ class Unit:
     def is_fetched(self) -> bool:
         """Whether nothing has changed since :meth:`note_fetched`."""
         return self._fetched_stamp == self.current_stamp()
+
+    def note_written(self, indices: Iterable[int]) -> None:
+        """Host bytes of these parameters have been written to: what was read of them before is stale."""
+        self._fetched_stamp = None
+        self.num_doubts += 1
+        if isinstance(self._slab, StoredSlab):
+            strays = self.strays()
+            self._slab.note_written(sum(self.parameters[index].nbytes for index in indices if index not in strays))
 
     # -- updates
 
