@@ -69,7 +69,7 @@ class Disk:
     Attributes:
         folder: where; None takes a folder of its own below the temporary folder, or below the user's cache where the
             temporary folder is memory itself.
-        keep: leave weights and optimizer states in ``folder`` when the run ends, with a checksum for each tensor;
+        keep: leave weights and optimizer states in ``folder`` when a training ends, with a checksum for each tensor;
             :func:`lightning_superpipe.open_kept` reads them. Needs ``folder``. Otherwise no file outlives the run.
         ring: buffers in host memory between disk and device, as many for weights that stay from backward to their
             update (each as large as the largest unit), and as many between disk and update (weights and states);

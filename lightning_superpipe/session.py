@@ -26,7 +26,7 @@ from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
 from lightning_superpipe.guard import StepGuard
-from lightning_superpipe.host_memory import files_for, held_bytes, host_limit, require_host, training_bytes, unit_sizes
+from lightning_superpipe.host_memory import files_for, held_bytes, host_limit, require_host, training_bytes
 from lightning_superpipe.knobs import first_setting, refuse_announced
 from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.meter import Meter
@@ -106,8 +106,6 @@ class Session:
         self._tier = Places(config, pin=may_pin(config, device) and self._wire.dtype is None, trains=trains)
         scope = self._call_scope if owns_root else None
         try:
-            sizes = unit_sizes(self.units)
-            self._tier.part("weights").reserve(sum(sizes) - sum(sizes[unit] for unit in self._files.in_memory))
             self._engine = make_engine(
                 root, found, start, config, device, tier=self._tier, wire=self._wire, scope=scope, files=self._files
             )
@@ -287,6 +285,8 @@ class Session:
         if self._optimizers:
             self._tuner.begin_training()
         self._require_host()
+        if self.trains:
+            self._engine.gradients.homes.reserve(self._root.parameters())
         if self._updates is not None:
             self._updates.attend(self._optimizers)
             if self._updates.device is not None and self._updates.device.share:

@@ -100,9 +100,11 @@ class Pipe:
 
     def close(self) -> None:
         """Give the model back as it was, on the host, with its current weights. Closing twice does no harm."""
-        self._session.close()
-        self._fused.give_back()
-        bring_home(self.model, self._optimizers)
+        try:
+            self._session.close()
+        finally:
+            self._fused.give_back()
+            bring_home(self.model, self._optimizers)
 
     def __enter__(self) -> Self:
         return self

@@ -158,17 +158,19 @@ class SuperpipeMixin(OneDeviceMixin):
         return self._session
 
     def teardown(self) -> None:
-        self._close()
-        self._fused.give_back()
-        super().teardown()
+        try:
+            self._close()
+        finally:
+            self._fused.give_back()
+            super().teardown()
 
     def _close(self) -> None:
         if self._ordinary is not None:
             self._ordinary.close()
             self._ordinary = None
         if self._session is not None:
-            self._session.close()
             self._last_session, self._session = self._session, None
+            self._last_session.close()  # may tell of an update that has failed: whatever comes then, it is over
 
     def _step_aside_if_all_fits(self) -> None:
         """Let the ordinary run go on, where it fits and nobody else can hold what moves to the device then."""

@@ -65,6 +65,16 @@ class Homes:
     def add_group(self, parameters: Sequence[nn.Parameter]) -> None:
         self._group_of.update((id(parameter), parameters) for parameter in parameters)
 
+    def reserve(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make sure that there is room for the gradients of all these, should none be lent.
+
+        Raises:
+            BudgetError: the tier has no room for them.
+        """
+        trained = [each for each in parameters if each.requires_grad and id(each) not in self._homes]
+        groups = {id(group[0]): group for each in trained for group in [self._group_of.get(id(each), [each])]}
+        self._tier.reserve(lay_out([p for p in group if p.requires_grad])[1] for group in groups.values())
+
     def claim(self, parameter: nn.Parameter, gradient: Tensor) -> Tensor:
         """Memory for a parameter's gradient, shaped as the gradient; its contents are stale."""
         key, like = id(parameter), _in_dtype_of(parameter, gradient)

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from lightning_superpipe.engine.backend import storage_address
 from lightning_superpipe.engine.calls import OuterOwner, RootOwner, RootScope, UnitOwner
+from lightning_superpipe.engine.layout import home_in
 from lightning_superpipe.engine.slots import storage_key
 from lightning_superpipe.engine.swap import Owner, owner_of, swap_in, swap_out
 from lightning_superpipe.engine.unit import Unit
@@ -40,6 +41,9 @@ class Installation:
     ) -> None:
         self._engine, self._root, self._root_scope = engine, root, root_scope
         self._tier, self._in_memory = tier, in_memory
+        weights = tier.part("weights")
+        homes = [home_in(weights, unit.parameters) for unit in engine.units if unit.index not in in_memory]
+        weights.reserve(home.num_bytes for home in homes if home.num_bytes is not None)
         try:
             for unit in engine.units:
                 self._install(unit)

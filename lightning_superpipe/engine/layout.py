@@ -3,14 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from lightning_superpipe.engine.slots import ALIGNMENT
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.partition import is_streamable
+from lightning_superpipe.tiers import Tier
 
-__all__ = ["lay_out", "slot_bytes_of", "trained_bytes_of"]
+__all__ = ["Home", "home_in", "lay_out", "slot_bytes_of", "trained_bytes_of"]
+
+
+class Home(NamedTuple):
+    """What of a unit moves into a tier.
+
+    Attributes:
+        stays: indices of the parameters that stay where they are.
+        is_mostly_trained: more than half of its bytes are.
+        num_bytes: of its slab; None where it needs none.
+    """
+
+    stays: set[int]
+    is_mostly_trained: bool
+    num_bytes: int | None
+
+
+def home_in(tier: Tier, parameters: Sequence[nn.Parameter]) -> Home:
+    """What of a unit's parameters moves into a tier.
+
+    Where the tier is files, what is trained in a mostly frozen unit stays in memory: files are then only read.
+    """
+    stays = {index for index, parameter in enumerate(parameters) if not tier.takes(parameter)}
+    trained = {index for index, parameter in enumerate(parameters) if parameter.requires_grad}
+    num_trained_bytes = sum(parameters[index].nbytes for index in trained)
+    is_mostly_trained = 2 * num_trained_bytes > sum(parameter.nbytes for parameter in parameters)
+    if not tier.is_memory and not is_mostly_trained:
+        stays |= trained
+    is_needed = not parameters or len(stays) < len(parameters)
+    return Home(stays, is_mostly_trained, lay_out(parameters)[1] if is_needed else None)
 
 
 def lay_out(parameters: Sequence[nn.Parameter], wire: Wire | None = None) -> tuple[list[int], int]:

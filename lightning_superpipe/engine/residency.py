@@ -256,7 +256,7 @@ class Residency:
                 with raw_tensors():
                     write_home(host.data, twin.data)
                 unit.versions[index] = twin._version
-                unit.note_written()
+                unit.note_written([index])
                 self.num_copied_back += 1
 
     def part_with_stashed(self, unit: Unit) -> None:

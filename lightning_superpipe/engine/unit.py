@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Copy, Event
-from lightning_superpipe.engine.layout import lay_out
+from lightning_superpipe.engine.layout import home_in, lay_out
 from lightning_superpipe.engine.owners import graph_reference, num_owners
 from lightning_superpipe.engine.pending import Pending, unfenced
 from lightning_superpipe.engine.sites import Site, derived_attributes, signature
@@ -39,7 +39,7 @@ class Unit:
 
     Attributes:
         dtypes, offsets, num_bytes: of the parameters on the device.
-        host_offsets, host_bytes: in host memory.
+        host_offsets: in host memory.
         is_mostly_trained: more of its bytes are trained than frozen.
         num_doubts: how often the host's bytes may have been written to without a trace.
     """
@@ -95,7 +95,7 @@ class Unit:
         self.dtypes = [self._wire.dtype_of(parameter) for parameter in self.parameters]
         self.is_cast = any(map(self._wire.casts, self.parameters))
         self.offsets, self.num_bytes = lay_out(self.parameters, self._wire)
-        self.host_offsets, self.host_bytes = lay_out(self.parameters)
+        self.host_offsets, _ = lay_out(self.parameters)
         self.twins: list[nn.Parameter | None] = [None] * len(self.parameters)
         self._base_references = [0] * len(self.parameters)
         self.versions: list[int] = []
@@ -119,18 +119,9 @@ class Unit:
     # -- host bytes
 
     def reserve(self, tier: Tier) -> None:
-        """Take memory for the host bytes, so that a unit travels as one copy.
-
-        Where the tier is files, what is trained in a mostly frozen unit stays in memory: files are then only read.
-        """
-        self._stays = {index for index, parameter in enumerate(self.parameters) if not tier.takes(parameter)}
-        trained = {index for index, parameter in enumerate(self.parameters) if parameter.requires_grad}
-        num_trained_bytes = sum(self.parameters[index].nbytes for index in trained)
-        self.is_mostly_trained = 2 * num_trained_bytes > sum(parameter.nbytes for parameter in self.parameters)
-        if not tier.is_memory and not self.is_mostly_trained:
-            self._stays |= trained
-        is_needed = not self.parameters or len(self._stays) < len(self.parameters)
-        self._slab = tier.allocate(self.host_bytes) if is_needed else None
+        """Take memory for the host bytes, so that a unit travels as one copy."""
+        self._stays, self.is_mostly_trained, num_bytes = home_in(tier, self.parameters)
+        self._slab = None if num_bytes is None else tier.allocate(num_bytes)
 
     @property
     def stored(self) -> StoredSlab | None:
@@ -229,18 +220,21 @@ class Unit:
         """Whether nothing has changed since :meth:`note_fetched`."""
         return self._fetched_stamp == self.current_stamp()
 
-    # -- updates
-
-    def note_written(self) -> None:
-        """The host's bytes have been written to: what was read of them before is old."""
+    def note_written(self, indices: Iterable[int]) -> None:
+        """Host bytes of these parameters have been written to: what was read of them before is stale."""
         self._fetched_stamp = None
         self.num_doubts += 1
+        if isinstance(self._slab, StoredSlab):
+            strays = self.strays()
+            self._slab.note_written(sum(self.parameters[index].nbytes for index in indices if index not in strays))
+
+    # -- updates
 
     def distrust(self) -> None:
         """Anything may have written to the host's bytes, but not while an update of them is under way: it would have
         been waited for.
         """
-        self.note_written()
+        self.note_written(())
         if self.pending is None or self.stamp is not self.pending:
             self.stamp = None
 

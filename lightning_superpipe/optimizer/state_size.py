@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, optim
 
 from lightning_superpipe.optimizer.masters import wants_master
 
-__all__ = ["missing_state_bytes", "state_tensor_sizes"]
+__all__ = ["missing_state_bytes", "missing_state_sizes", "state_tensor_sizes"]
 
 # State tensors as large as the parameter, always and by option.
 _LIKE_PARAMETER: dict[type[optim.Optimizer], tuple[int, tuple[str, ...]]] = {
@@ -32,11 +32,10 @@ _NUMBERS = [1, 1, 1]
 """Step counts and the like; ASGD keeps three."""
 
 
-def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool, among: Container[int] | None = None) -> int:
+def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool) -> int:
     """Bytes of the states that an optimizer will make for parameters that have none; 0 for classes not known here.
 
     Args:
-        among: ids of the parameters that count; None counts all.
         with_masters: states of parameters of 2 bytes are float32 (the masters themselves are not counted).
 
     >>> import torch
@@ -48,8 +47,30 @@ def missing_state_bytes(optimizer: optim.Optimizer, *, with_masters: bool, among
         * (4 if with_masters and wants_master(parameter) else parameter.itemsize)
         for group in optimizer.param_groups
         for parameter in group["params"]
-        if parameter.requires_grad and not optimizer.state.get(parameter) and (among is None or id(parameter) in among)
+        if parameter.requires_grad and not optimizer.state.get(parameter)
     )
+
+
+def missing_state_sizes(optimizer: optim.Optimizer, parameters: Sequence[Tensor], *, with_masters: bool) -> list[int]:
+    """Bytes of each state tensor, masters among them, of parameters of which some have no states yet; else nothing.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(10, dtype=torch.bfloat16))
+    >>> optimizer = optim.AdamW([weight])
+    >>> missing_state_sizes(optimizer, [weight], with_masters=True)
+    [40, 40, 40]
+    """
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [each for each in parameters if each.requires_grad and id(each) in group_of]
+    if all(optimizer.state.get(each) for each in trained):
+        return []
+    sizes = []
+    for each in trained:
+        has_master = with_masters and wants_master(each)
+        counts = state_tensor_sizes(optimizer, group_of[id(each)], each)[: -len(_NUMBERS)]
+        counts += [each.numel()] if has_master else []
+        sizes += [count * (4 if has_master else each.itemsize) for count in counts if count > 1]
+    return sizes
 
 
 def state_tensor_sizes(optimizer: optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> list[int]:

@@ -20,7 +20,6 @@ from lightning_superpipe.optimizer.parts import Part
 from lightning_superpipe.optimizer.separable import Member
 from lightning_superpipe.optimizer.stand_ins import step_on
 from lightning_superpipe.optimizer.state_homes import StateHomes
-from lightning_superpipe.optimizer.state_size import missing_state_bytes
 from lightning_superpipe.optimizer.work_memory import Ranked, WorkMemory
 from lightning_superpipe.planning.disk_tier import FileChoice
 from lightning_superpipe.tiers import Tier
@@ -171,12 +170,10 @@ class StoredUpdates:
         """
         if self.homes is None:
             return
-        among: set[int] = set()
-        for unit in filter(self._has_home, units):
+        stored = list(filter(self._has_home, units))
+        for unit in stored:
             self.homes.adopt(unit, optimizer)
-            among.update(map(id, unit.parameters))
-        missing = missing_state_bytes(optimizer, with_masters=self._masters is not None, among=among)
-        self._tier.part("states").reserve(missing)
+        self.homes.reserve(optimizer, stored, with_masters=self._masters is not None)
 
     def finish(self) -> None:
         """All parts of the step have been started."""

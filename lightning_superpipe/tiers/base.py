@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -83,8 +84,8 @@ class Tier(ABC):
             BudgetError: the tier has no room for it.
         """
 
-    def reserve(self, num_bytes: int) -> None:
-        """Make sure that so many bytes can be allocated later.
+    def reserve(self, sizes: Iterable[int]) -> None:
+        """Make sure that slabs of these sizes can be allocated later, beside those that there are.
 
         Raises:
             BudgetError: the tier has no room for them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -61,19 +61,24 @@ class DirectFile:
         self._is_open = True
         self.size = self._end = 0
         self._free: defaultdict[int, list[int]] = defaultdict(list)
+        # Finalizers run on any thread, in the middle of anything: they take no lock, they only queue.
+        self._returned: deque[tuple[int, int]] = deque()
         self._lock = threading.Lock()
         self.num_read_bytes = self.num_written_bytes = 0
 
+    def missing(self, num_bytes: int) -> int:
+        """Return how much larger the file must be to hold so many bytes beside those that regions use."""
+        return max(0, self._end + num_bytes - self.size)
+
     def grow(self, num_bytes: int) -> None:
-        """Take so many bytes of the disk beyond those that regions use.
+        """Take so many more bytes of the disk.
 
         Raises:
             OSError: the disk is full.
         """
-        missing = self._end + num_bytes - self.size
-        if missing > 0:
-            os.posix_fallocate(self.descriptor, self.size, missing)
-            self.size += missing
+        if num_bytes > 0:
+            os.posix_fallocate(self.descriptor, self.size, num_bytes)
+            self.size += num_bytes
 
     def region(self, num_bytes: int) -> int:
         """Return the offset of a region of ``padded(num_bytes)`` bytes that nobody else has.
@@ -83,16 +88,18 @@ class DirectFile:
         """
         size = padded(num_bytes)
         with self._lock:
+            while self._returned:
+                returned, free_size = self._returned.popleft()
+                self._free[free_size].append(returned)
             if self._free[size]:
                 return self._free[size].pop()
-            self.grow(size)
+            self.grow(self.missing(size))
             offset, self._end = self._end, self._end + size
             return offset
 
     def give_back(self, offset: int, num_bytes: int) -> None:
-        """Let a region be used again."""
-        with self._lock:
-            self._free[padded(num_bytes)].append(offset)
+        """Let a region be used again; callable from finalizers."""
+        self._returned.append((offset, padded(num_bytes)))
 
     def read(self, offset: int, target: Tensor) -> None:
         """Fill host memory from the file, several requests at once; blocks.

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -93,6 +95,11 @@ class DiskSlab(StoredSlab):
         self._has_stored = False
         self._exchange()
 
+    def leave_file(self) -> None:
+        """Let the file keep what it has: what is written to the tensors from now on goes to memory."""
+        if self._pages is not None:
+            self._pages.move(self._file.descriptor, self.offset, writes_through=False)
+
     def _exchange(self) -> None:
         assert self._spare is not None and self._pages is not None, "only what was stored beside can be exchanged"
         self._pages.move(self._file.descriptor, self._spare)
@@ -108,11 +115,14 @@ class DiskSlab(StoredSlab):
         )
 
     def close(self) -> None:
-        if self.is_open:
-            self.is_open = False
-            self._file.give_back(self.offset, self.num_bytes)
-            if self._spare is not None:
-                self._file.give_back(self._spare, self.num_bytes)
+        if not self.is_open:
+            return
+        self.is_open = False
+        if self._spare is not None:
+            self._file.give_back(self._spare, self.num_bytes)
+        if self._pages is not None:  # somebody may hold what was carved: nobody else gets the bytes before that is gone
+            gone = weakref.finalize(self._pages.buffer, self._file.give_back, self.offset, self.num_bytes)
+            gone.atexit, self._pages, self._bytes = False, None, torch.empty(0, dtype=torch.uint8)
 
 
 class DiskTier(Tier):
@@ -136,13 +146,16 @@ class DiskTier(Tier):
         self.can_undo = with_undo and options.undo
         self._slabs: list[DiskSlab] = []
         self._stored: list[DiskSlab] = []
-        self.file = DirectFile(folder.file(kind), requests, is_named=options.keep)
+        try:
+            self.file = DirectFile(folder.file(kind), requests, is_named=folder.keeps)
+        except OSError as error:
+            raise folder.refused(error) from error
         try:
             if self.file.is_direct and not _is_coherent(self.file):
                 self.file.go_through_cache()
         except OSError as error:
             self.file.close()
-            raise folder.full(BLOCK) from error
+            raise folder.refused(error) from error
         if not self.file.is_direct:
             warnings.warn(
                 f"files in {str(folder.path)!r} cannot be read past the page cache: the disk store goes through it, "
@@ -159,20 +172,24 @@ class DiskTier(Tier):
     def part(self, kind: str, *, pin: bool | None = None) -> Tier:
         return self
 
-    def reserve(self, num_bytes: int) -> None:
-        needed = padded(num_bytes) * (2 if self.can_undo else 1)
-        self._folder.require(needed)
+    def reserve(self, sizes: Iterable[int]) -> None:
+        missing = self.file.missing(sum(map(self._taken_by, sizes)))
+        self._folder.require(missing)
         try:
-            self.file.grow(needed)
+            self.file.grow(missing)
         except OSError as error:
-            raise self._folder.full(needed) from error
+            raise self._folder.full(missing, error) from error
+
+    def _taken_by(self, num_bytes: int) -> int:
+        """Bytes of the file that a slab takes."""
+        return padded(num_bytes) * (2 if self.can_undo else 1)
 
     def allocate(self, num_bytes: int) -> DiskSlab:
         try:
             slab = DiskSlab(self, num_bytes)
         except OSError as error:
-            raise self._folder.full(padded(num_bytes) * (2 if self.can_undo else 1)) from error
-        self._slabs = [*(other for other in self._slabs if other.is_open), slab]
+            raise self._folder.full(self._taken_by(num_bytes), error) from error
+        self._slabs = [*filter(_is_open, self._slabs), slab]
         return slab
 
     def takes(self, tensor: Tensor) -> bool:
@@ -195,18 +212,18 @@ class DiskTier(Tier):
 
     def commit(self) -> None:
         stored, self._stored = self._stored, []
-        for slab in stored:
+        for slab in filter(_is_open, stored):
             slab.commit()
 
     def undo(self) -> None:
         stored, self._stored = self._stored, []
-        for slab in stored:
+        for slab in filter(_is_open, stored):
             slab.undo()
 
     @property
     def slabs(self) -> list[DiskSlab]:
         """Those that are open."""
-        return [slab for slab in self._slabs if slab.is_open]
+        return list(filter(_is_open, self._slabs))
 
     @property
     def allocated_bytes(self) -> int:
@@ -225,6 +242,10 @@ class DiskTier(Tier):
             slab.is_open = False
         self._slabs.clear()
         self.file.close()
+
+
+def _is_open(slab: DiskSlab) -> bool:
+    return slab.is_open
 
 
 def _is_coherent(file: DirectFile) -> bool:

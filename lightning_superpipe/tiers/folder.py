@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -15,14 +16,18 @@ import psutil
 from humanize import naturalsize
 
 from lightning_superpipe.config import Disk
-from lightning_superpipe.errors import BudgetError, SuperpipeWarning, UnsupportedError
+from lightning_superpipe.errors import BudgetError, SuperpipeError, SuperpipeWarning, UnsupportedError
+from lightning_superpipe.tiers.direct_file import BLOCK
 
-__all__ = ["MANIFEST", "Folder"]
+__all__ = ["DRAFT", "MANIFEST", "Folder"]
 
 MANIFEST = "manifest.json"
+DRAFT = f"{MANIFEST}.draft"
 _LOCK = "lock"
 _OWN = "superpipe-"
 _SUFFIX = ".bytes"
+_PASSING = ".passing.bytes"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 
@@ -36,6 +41,8 @@ class Folder:
 
     Args:
         options: ``folder`` and ``keep`` say where, and whether anything stays.
+        trains: steps will change what is in the files. Only that is kept, and only that needs a folder in which no run
+            has kept anything; what does not train leaves such files alone.
 
     Attributes:
         path: it exists and is locked.
@@ -45,19 +52,16 @@ class Folder:
         UnsupportedError: another run uses it, it holds what a run has kept, or nothing can be written there.
     """
 
-    def __init__(self, options: Disk) -> None:
-        self._is_own = options.folder is None
-        self.keeps = options.keep
+    def __init__(self, options: Disk, *, trains: bool = True) -> None:
+        self._is_own, self._trains = options.folder is None, trains
+        self.keeps = options.keep and trains
         self.path = _own_folder() if options.folder is None else Path(options.folder).expanduser()
         try:
             self._has_made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise UnsupportedError(
-                f"the disk store cannot use the folder {str(self.path)!r}: {error.strerror}. Choose another "
-                "disk.folder."
-            ) from error
+            raise self._unusable(error) from error
         try:
             self._take()
         except BaseException:
@@ -81,19 +85,21 @@ class Folder:
                 f"the folder {str(self.path)!r} is in use by another run (process {holder}): two would write over each "
                 "other. Wait for its end, or choose another disk.folder."
             ) from error
-        if (self.path / MANIFEST).exists():
+        has_kept = (self.path / MANIFEST).exists()
+        if has_kept and self._trains:
             raise UnsupportedError(
                 f"the folder {str(self.path)!r} holds weights and states that a run has kept: open them with "
                 f"lightning_superpipe.open_kept, then remove the folder or choose another disk.folder."
             )
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
-        for left in self.path.glob(f"*{_SUFFIX}"):  # no manifest: a run that was killed; nobody can tell what is whole
-            left.unlink()
+        # Without a manifest all is of a run that was killed; nobody can tell what is whole.
+        for left in (*self.path.glob(f"*{_PASSING if has_kept else _SUFFIX}"), self.path / DRAFT):
+            left.unlink(missing_ok=True)
 
     def file(self, kind: str) -> Path:
-        """Return the path of a kind's file."""
-        return self.path / f"{kind}{_SUFFIX}"
+        """Return the path of a kind's file; one that does not stay gets no name that something kept may have."""
+        return self.path / f"{kind}{_SUFFIX if self.keeps else _PASSING}"
 
     def require(self, num_bytes: int) -> None:
         """Raise unless the disk has so many bytes left.
@@ -105,13 +111,28 @@ class Folder:
         if num_bytes > free:
             raise self.full(num_bytes)
 
-    def full(self, num_bytes: int) -> BudgetError:
-        """Return the error that the disk has no room for so many bytes."""
+    def refused(self, error: OSError) -> SuperpipeError:
+        """Return the error that a file could not be made, or tried out."""
+        return self.full(BLOCK, error) if error.errno in _FULL else self._unusable(error)
+
+    def _unusable(self, error: OSError) -> UnsupportedError:
+        return UnsupportedError(
+            f"the disk store cannot use the folder {str(self.path)!r}: {error.strerror or error}. Choose another "
+            "disk.folder."
+        )
+
+    def full(self, num_bytes: int, refused: OSError | None = None) -> BudgetError:
+        """Return the error that the disk has no room for so many bytes.
+
+        Args:
+            refused: what the system said; a limit of files or of a user may be below what the disk has.
+        """
         free = shutil.disk_usage(self.path).free
+        said = "" if refused is None else f" (the system says: {refused.strerror or refused})"
         return BudgetError(
-            f"the disk store needs {_size(num_bytes)} more in {str(self.path)!r}, and the disk has {_size(free)} left. "
-            "Make room, choose a disk.folder on a larger disk, put fewer kinds there (store={'states': 'disk'}), or "
-            "set disk.undo=False, which halves the need."
+            f"the disk store needs {_size(num_bytes)} more in {str(self.path)!r}, and the disk has {_size(free)} left"
+            f"{said}. Make room, choose a disk.folder on a larger disk, put fewer kinds there "
+            "(store={'states': 'disk'}), or set disk.undo=False, which halves the need."
         )
 
     def close(self) -> None:

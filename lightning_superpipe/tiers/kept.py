@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_superpipe.errors import UnsupportedError
 from lightning_superpipe.tiers.direct_file import BLOCK
 from lightning_superpipe.tiers.disk import DiskTier
-from lightning_superpipe.tiers.folder import MANIFEST
+from lightning_superpipe.tiers.folder import DRAFT, MANIFEST
 from lightning_superpipe.tiers.pages import SharedPages
 
 __all__ = ["Kept", "Named", "keep", "named_tensors", "open_kept"]
@@ -59,7 +59,7 @@ def named_tensors(root: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str,
     return {"weights": weights, "states": states}
 
 
-def keep(folder: Path, kinds: Iterable[tuple[DiskTier, Iterable[Named]]]) -> None:
+def keep(folder: Path, kinds: Sequence[tuple[DiskTier, Iterable[Named]]]) -> None:
     """Write the manifest of the tensors; those that are in no file yet are added to the one of their kind.
 
     Raises:
@@ -70,9 +70,12 @@ def keep(folder: Path, kinds: Iterable[tuple[DiskTier, Iterable[Named]]]) -> Non
     for tier, named in kinds:
         entries[tier.kind] = {name: _entry(tier, tensor) for name, tensor in named}
         os.fsync(tier.file.descriptor)
-    draft = folder / f"{MANIFEST}.draft"
+    draft = folder / DRAFT
     draft.write_text(json.dumps({"format": _FORMAT, "version": _VERSION, "tensors": entries}), encoding="utf-8")
     os.replace(draft, folder / MANIFEST)
+    for tier, _ in kinds:  # the model may be trained further, in memory
+        for slab in tier.slabs:
+            slab.leave_file()
 
 
 def _entry(tier: DiskTier, tensor: Tensor) -> dict[str, Any]:

@@ -38,13 +38,17 @@ class SharedPages:
         # Tensors made from the buffer hold it. At exit the system takes the pages, and not before the last tensor.
         weakref.finalize(self.buffer, _unmap, self._address, num_bytes).atexit = False
 
-    def move(self, descriptor: int, offset: int) -> None:
+    def move(self, descriptor: int, offset: int, *, writes_through: bool = True) -> None:
         """Show another part of a file at the same address: one step, as other threads see it.
+
+        Args:
+            writes_through: what is written reaches the file; else it goes to memory of its own.
 
         Raises:
             OSError: the system refuses; the pages are as before.
         """
-        _map(self._address, self.num_bytes, mmap.MAP_SHARED | _MAP_FIXED, descriptor, offset)
+        kind = mmap.MAP_SHARED if writes_through else mmap.MAP_PRIVATE
+        _map(self._address, self.num_bytes, kind | _MAP_FIXED, descriptor, offset)
 
 
 def trim_heap() -> None:

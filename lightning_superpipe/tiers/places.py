@@ -51,14 +51,14 @@ class Places(Tier):
         self._folder: Folder | None = None
         kinds = [kind for kind in STORED_KINDS if config.is_on_disk(kind)]
         if kinds:
-            self._open(kinds, config.disk or Disk(), with_undo=trains and not set(_UNDONE).isdisjoint(kinds))
+            self._open(kinds, config.disk or Disk(), trains=trains)
 
-    def _open(self, kinds: list[str], options: Disk, *, with_undo: bool) -> None:
-        self._folder = Folder(options)
+    def _open(self, kinds: list[str], options: Disk, *, trains: bool) -> None:
+        self._folder = Folder(options, trains=trains)
         self._requests = Requests(options.requests)
         try:
             for kind in kinds:
-                undoes = with_undo and kind in _UNDONE
+                undoes = trains and kind in _UNDONE
                 self._disks[kind] = DiskTier(kind, self._folder, self._requests, options, with_undo=undoes)
         except BaseException:
             self.close()

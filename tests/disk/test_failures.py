@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lightning_superpipe import attach
-from lightning_superpipe.errors import TransferError
+from lightning_superpipe.errors import BudgetError, TransferError, UnsupportedError
 from tests.disk.loops import WIDTH, Left, left, make, step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -187,8 +187,6 @@ def test_failure_that_nobody_has_met_is_told_at_the_end(monkeypatch: Patch) -> N
 
 @pytest.mark.parametrize("is_full", [True, False])
 def test_disk_without_room_is_refused_before_training(is_full: bool, tmp_path: Path, monkeypatch: Patch) -> None:
-    from lightning_superpipe.errors import BudgetError
-
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -202,6 +200,18 @@ def test_disk_without_room_is_refused_before_training(is_full: bool, tmp_path: P
     monkeypatch.undo()
     with attach(model, optimizer, device="cpu", k=2, store="disk", disk={"folder": str(tmp_path / "store")}):
         step(model, optimizer, 0)
+
+
+@pytest.mark.parametrize("name", ["preadv", "pwritev", "fsync"])
+def test_disk_that_fails_at_the_start_is_not_said_to_be_full(name: str, tmp_path: Path, monkeypatch: Patch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    model, optimizer = make()
+    monkeypatch.setattr(os, name, fail)
+    with pytest.raises(UnsupportedError, match=r"cannot use the folder .*Input/output error.*disk\.folder"):
+        attach(model, optimizer, device="cpu", k=2, store="disk", disk={"folder": str(tmp_path / "store")})
+    assert not (tmp_path / "store").exists()
 
 
 def interrupt(_: torch.Tensor) -> None:

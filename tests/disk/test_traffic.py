@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from lightning_superpipe.planning.disk_work import StoredUnit, disk_work
 from lightning_superpipe.planning.lower import lower_window
 from lightning_superpipe.planning.order import training_order
 from lightning_superpipe.tiers import is_mapped
-from tests.disk.loops import EVERYTHING, NUM_BLOCKS, left, make, step, train
+from tests.disk.loops import EVERYTHING, NUM_BLOCKS, Left, left, make, step, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = torch.arange(12).view(2, 6)
@@ -88,6 +90,29 @@ def test_states_loaded_in_mid_run_are_used() -> None:
         model.load_state_dict(saved[0])
         optimizer.load_state_dict(saved[1])
         assert [step(model, optimizer, number) for number in range(2, 4)] == reference
+
+
+@pytest.mark.parametrize("change", ["load", "exchange"])
+def test_states_that_are_set_aside_or_exchanged_stay_as_they_are(change: str) -> None:
+    def run(store: str | None) -> Left:
+        model, optimizer = make()
+        with contextlib.nullcontext() if store is None else attach(model, optimizer, device="cpu", k=2, store=store):
+            step(model, optimizer, 0)
+            first = copy.deepcopy(optimizer.state_dict())
+            step(model, optimizer, 1)
+            aside = optimizer.state_dict()
+            if change == "load":
+                optimizer.load_state_dict(first)
+                step(model, optimizer, 2)
+                optimizer.load_state_dict(aside)  # which are those of then, as long as somebody holds them
+            else:
+                up, down = (optimizer.state[each.weight] for each in (model.blocks[0].norm, model.blocks[1].norm))
+                one = optimizer.state[model.blocks[0].norm.bias]
+                up["exp_avg"], one["exp_avg"], down["exp_avg"] = down["exp_avg"], up["exp_avg"], one["exp_avg"]
+            step(model, optimizer, 3)
+        return left(model, optimizer)
+
+    assert run("disk").equals(run(None))
 
 
 def _saved(what: Any) -> Any:
@@ -228,6 +253,15 @@ def test_kept_files_give_weights_and_states_back(tmp_path: Path) -> None:
             assert torch.equal(found.states[f"{name}/{key}"], value)
     with pytest.raises(UnsupportedError, match="has kept"):
         attach(model, device="cpu", k=2, store="disk", disk={"folder": str(tmp_path)})
+
+
+def test_training_on_in_memory_leaves_what_was_kept_as_it_was(tmp_path: Path) -> None:
+    model, optimizer = kept(tmp_path)
+    before = left(model, optimizer)
+    step(model, optimizer, 2)
+    assert not left(model, optimizer).equals(before)
+    found = open_kept(tmp_path).weights.values()
+    assert all(map(torch.equal, found, before.weights))
 
 
 @pytest.mark.parametrize("kind", ["weights", "states"])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -9,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_superpipe import SuperpipeStrategy
+from lightning_superpipe import SuperpipeStrategy, open_kept
+from lightning_superpipe.errors import TransferError, UnsupportedError
 from lightning_superpipe.observe.trace import Lane, Recording
 from tests.disk.loops import WIDTH, Left, Model, left
 
@@ -58,3 +63,53 @@ def test_trainer_updates_units_from_files_in_backward_to_the_same_bits(store: An
 def test_trainer_that_looks_at_gradients_or_adds_to_them_has_the_same_bits(options: dict[str, Any]) -> None:
     strategy = SuperpipeStrategy(k=2, store="disk")
     assert fit(strategy, fused=False, **options).equals(fit("auto", fused=False, **options))
+
+
+class LastWriteFails(L.Callback):
+    """The last step writes when all are over, and then it cannot: nobody but the end of the run waits for that."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.is_over = patch, threading.Event()
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == NUM_STEPS - 1:
+            left(module.model, trainer.optimizers[0])  # nothing is under way
+            self.patch.setattr(os, "pwritev", self.fail)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.is_over.set()
+
+    def fail(self, *_: Any) -> int:
+        assert self.is_over.wait(60)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_failure_that_only_the_end_of_the_run_meets_is_told_there_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    strategy = SuperpipeStrategy(k=2, store="disk")
+    with pytest.raises(TransferError, match=r"unit 'model\.blocks\.\d' failed.*has been undone"):
+        fit(strategy, fused=False, callbacks=[LastWriteFails(monkeypatch)])
+    assert strategy.report().num_steps == NUM_STEPS
+
+
+class WithTest(Module):
+    def test_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.log("loss", self.model(batch).pow(2).mean())
+
+
+def test_what_is_kept_is_kept_by_training_whatever_is_tested_before_and_after(tmp_path: Path) -> None:
+    options = {"folder": str(tmp_path / "store"), "keep": True}
+    trainer = L.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        strategy=SuperpipeStrategy(k=2, store="disk", disk=options),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    module, batches = WithTest(fused=False), list(torch.ones(NUM_STEPS, 4, WIDTH))
+    for run in (trainer.test, trainer.fit, trainer.test):
+        run(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type, operator]
+    weights = open_kept(tmp_path / "store").weights
+    assert all(map(torch.equal, weights.values(), module.parameters()))
+    with pytest.raises(UnsupportedError, match="has kept"):
+        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.frontends.cases import CASES
-from tests.frontends.story import STORIES, Ending
+from tests.frontends.story import OPTIONS, STORIES, Ending
 
 
 def tell(case: str, story: str, folder: Path, streamed: bool | tuple[bool, bool]) -> Ending:
@@ -38,3 +38,13 @@ def test_stories_differ(case: str, tmp_path: Path) -> None:
     """Or the parity above would compare runs in which nothing happens."""
     endings = [tell(case, name, tmp_path / name, False) for name in ("plain", "bf16")]
     assert not endings[0].equals(endings[1])
+
+
+@pytest.mark.parametrize("streamed", [True, (False, True)], ids=["throughout", "from ordinary"])
+@pytest.mark.parametrize("case", CASES)
+def test_front_end_resumes_with_files_to_the_numbers_of_the_ordinary_run(
+    case: str, streamed: bool | tuple[bool, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordinary = tell(case, "resumed", tmp_path / "ordinary", False)
+    monkeypatch.setitem(OPTIONS, "store", "disk")
+    assert tell(case, "resumed", tmp_path / "files", streamed).equals(ordinary)

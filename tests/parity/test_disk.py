@@ -30,7 +30,7 @@ def test_probe_equals_the_ordinary_run_with_files(case: ParityCase, device: Devi
     assert_equal(run_plain(case, device), run_streamed(case, device, window))
 
 
-@pytest.mark.parametrize(("case", "device", "window"), placements(PROBES[::3], [MODES[0]], ["cpu"]))
+@pytest.mark.parametrize(("case", "device", "window"), placements(PROBES, [MODES[0]], ["cpu"]))
 def test_probe_equals_the_ordinary_run_with_files_and_one_memory(
     case: ParityCase, device: Device, window: Window
 ) -> None:

@@ -121,3 +121,11 @@ def test_carved_tensors_outlive_slab_and_tier(tier: Tier) -> None:
     tier.close()
     del slab
     assert carved.eq(3).all()
+
+
+def test_memory_of_a_closed_slab_is_nobody_elses_while_a_tensor_holds_it(tier: Tier) -> None:
+    slab = tier.allocate(64)
+    carved = slab.carve(0, torch.empty(8)).fill_(3.0)
+    slab.close()
+    tier.allocate(64).bytes.fill_(1)
+    assert carved.eq(3).all()

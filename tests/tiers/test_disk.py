@@ -94,15 +94,23 @@ def test_counters_count_what_requests_move(make: Make) -> None:
 
 def test_file_has_its_full_size_before_anything_is_allocated(make: Make) -> None:
     tier = make(with_undo=True)
-    tier.reserve(NUM_BYTES)
+    tier.reserve([NUM_BYTES])
     status = os.fstat(tier.file.descriptor)
     assert status.st_size >= 2 * NUM_BYTES
     assert status.st_blocks * 512 >= 2 * NUM_BYTES, "the blocks are the file's, it is no hole"
 
 
+def test_room_that_was_taken_is_not_asked_for_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = make(with_undo=True)
+    tier.reserve([NUM_BYTES])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0})())
+    tier.reserve([NUM_BYTES])
+    tier.allocate(NUM_BYTES)
+
+
 def test_more_than_the_disk_has_is_refused_with_the_numbers(make: Make) -> None:
     with pytest.raises(BudgetError, match=rf"{1 << 50} bytes.* left.*disk\.undo=False"):
-        make().reserve(1 << 50)
+        make().reserve([1 << 50])
 
 
 def test_short_file_is_an_error_and_not_zeros(make: Make) -> None:
@@ -173,6 +181,7 @@ def test_second_run_is_refused_while_the_first_uses_the_folder(tmp_path: Path) -
 
 def test_files_that_a_killed_run_has_left_are_cleared_away(tmp_path: Path) -> None:
     (tmp_path / "weights.bytes").write_bytes(b"torn")
+    (tmp_path / "manifest.json.draft").write_text("{")
     (tmp_path / "mine.txt").write_text("a user's own file")
     folder = Folder(Disk(folder=str(tmp_path)))
     assert not (tmp_path / "weights.bytes").exists()
