@@ -50,7 +50,9 @@ def _submitted(threads: ThreadPoolExecutor, request: Callable[[], None]) -> Futu
     except RuntimeError:
         issued: Future[None] = Future()
         try:
-            issued.set_result(request())
+            request()
         except OSError as error:
             issued.set_exception(error)
+        else:
+            issued.set_result(None)
         return issued
