@@ -243,7 +243,7 @@ class Tuner:
 
     def _is_anything_open(self) -> bool:
         asked = self._asked(self._order)
-        return asked.k is None or asked.resident is None or None in asked.activations
+        return None in (asked.k, asked.resident, asked.micro_batches, *asked.activations)
 
     def _asked(self, order: Sequence[int]) -> Asked:
         return asked_of(self._config, self.setting, self._engine.activations, order, has_limit=self._limit is not None)
@@ -303,7 +303,7 @@ class Tuner:
         }
         best = min(fits or self._tried, key=lambda setting: self._tried[setting].step_s)
         self._say(
-            f"k={best.k}, k_prime={best.k_prime}, {best.resident} resident: the fastest of {len(self._tried)} plans "
+            f"{knobs(best)}, k_prime={best.k_prime}: the fastest of {len(self._tried)} plans "
             f"tried, {1e3 * self._tried[best].step_s:.4g} ms a step"
         )
         if best != self.setting:
@@ -374,11 +374,13 @@ class Tuner:
         activations, config = self._engine.activations, self._config
         units = range(len(self._engine.units))
         can = [unit for unit in units if activations.is_open(unit) and "recompute" in activations.possible(unit)]
+        may_split = [unit for unit in units if activations.splits(unit)] if config.micro_batches == "auto" else []
         setting = smaller(
             self.setting,
             opens_k=config.k == "auto",
             opens_resident=config.resident == "auto",
             may_recompute=can,
+            may_split=may_split,
             num_units=len(units),
         )
         if setting is None:
