@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lightning_superpipe.planning.bounds import StepBounds
 from lightning_superpipe.planning.prediction import Prediction
-from lightning_superpipe.planning.simulate import simulate
+from lightning_superpipe.planning.simulate import simulate, simulate_within
 from lightning_superpipe.planning.workload import Setting, Speeds, Workload
 
 __all__ = ["MOST_PARTS", "Search"]
@@ -83,13 +83,14 @@ class Search:
         self._most_played = max(20, _MOST_PLAYED_UNITS // max(n, 1))
         self._bounds = StepBounds(workload, speeds)
         self._played: dict[Setting, Prediction] = {}
+        self._too_slow: dict[Setting, float] = {}  # and the limits that they do not keep
         self._can_recompute = self._by_saving("recompute")
         self._can_offload = self._by_saving("offload")
 
     @property
     def num_simulated(self) -> int:
         """How many settings were played."""
-        return len(self._played)
+        return len(self._played.keys() | self._too_slow.keys())
 
     def predict(self, setting: Setting) -> Prediction:
         """Play a setting, once."""
@@ -98,9 +99,17 @@ class Search:
             found = self._played[setting] = simulate(self._workload, self._speeds, setting)
         return found
 
-    def _seconds(self, setting: Setting) -> float:
-        """The time of a step; infinite if it takes more than is allowed."""
-        prediction = self.predict(setting)
+    def _seconds(self, setting: Setting, limit_s: float = math.inf) -> float:
+        """The time of a step, or the limit if it takes longer than that; infinite if it takes more than is allowed."""
+        if setting not in self._played:
+            if self._too_slow.get(setting, -math.inf) >= limit_s:
+                return limit_s
+            found = simulate_within(self._workload, self._speeds, setting, limit_s)
+            if found is None:
+                self._too_slow[setting] = limit_s
+                return limit_s
+            self._played[setting] = found
+        prediction = self._played[setting]
         return prediction.step_s if self._keeps(prediction) else math.inf
 
     # -- what there is
@@ -231,13 +240,15 @@ class Search:
         best: _Found | None = None
         while waiting and self.num_simulated < self._most_played // 2:
             bound_s, _, setting, mix = heapq.heappop(waiting)
-            if bound_s >= (limit_s if best is None else best.seconds * (1 - self.tie)):
+            if best is not None:
+                limit_s = best.seconds * (1 - self.tie)
+            if bound_s >= limit_s:
                 break
-            seconds = self._seconds(setting)
+            seconds = self._seconds(setting, limit_s)
             if math.isinf(seconds):
                 if (smaller := self._with_fewer_slots(setting)) is not None:
                     heapq.heappush(waiting, (self._bounds.seconds(smaller), -self.num_simulated, smaller, mix))
-            elif seconds < (limit_s if best is None else best.seconds * (1 - self.tie)):
+            elif seconds < limit_s:
                 best = _Found(seconds, setting, mix)
         return best
 
@@ -254,7 +265,7 @@ class Search:
                 limit_s = self.predict(setting).step_s * (1 - self.tie / 5)
                 if found is None or self._bounds.seconds(found) >= limit_s:
                     continue
-                if self._seconds(found) < limit_s:
+                if self._seconds(found, limit_s) < limit_s:
                     setting, mix = found, other
             step //= 2
         return setting
@@ -268,13 +279,15 @@ class Search:
             for k_prime in (1, 2) if self._k_prime is None else (self._k_prime,):
                 if k_prime <= k <= num_slots:
                     other = replace(setting, k=k, k_prime=k_prime, resident=num_slots - k)
-                    if self._seconds(other) < self.predict(setting).step_s * (1 - self.tie / 5):
+                    limit_s = self.predict(setting).step_s * (1 - self.tie / 5)
+                    if self._bounds.seconds(other) < limit_s and self._seconds(other, limit_s) < limit_s:
                         setting = other
         return setting
 
     def _smallest_as_fast(self, setting: Setting) -> Setting:
         """Give back the slots, then the window, that make no difference."""
         limit_s = self.predict(setting).step_s * (1 + self.tie)
+        most_s = math.nextafter(limit_s, math.inf)  # who takes longer is given up, and is not as fast
         low, high = self._slot_range()
         high = min(high, setting.k + setting.resident)
 
@@ -287,13 +300,13 @@ class Search:
 
         while low < high:
             middle = (low + high) // 2
-            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self._seconds(sized(middle)) <= limit_s
+            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self._seconds(sized(middle), most_s) <= limit_s
             low, high = (low, middle) if is_fast else (middle + 1, high)
         setting = sized(low)
         if self._k is None and self._resident is None and low < self._n:
             for k in range(max(2, self._least_k()), min(setting.k, 5)):
                 other = replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=low - k)
-                if self._seconds(other) <= limit_s:
+                if self._seconds(other, most_s) <= limit_s:
                     return other
         return setting
 
