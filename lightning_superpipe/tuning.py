@@ -228,9 +228,9 @@ class Tuner:
         self._engine.activations.recompute_all()
         self.setting = replace(self.setting, activations=self._engine.activations.policies())
         warnings.warn(
-            f"activations took {_size(took)} in the first step, but device_memory leaves {_size(max(left, 0))} for "
-            "them: from now on units recompute theirs in backward. Set activations to 'recompute' to begin with it, or "
-            "to 'keep' to allow more.",
+            f"activations took {_size(took)} ({took} bytes) in the first step, but device_memory leaves "
+            f"{max(left, 0)} bytes for them: from now on units recompute theirs in backward. Set activations to "
+            "'recompute' to begin with it, or to 'keep' to allow more.",
             SuperpipeWarning,
             stacklevel=2,
         )
@@ -251,8 +251,7 @@ class Tuner:
     # -- the choice
 
     def _decide(self, index: int) -> None:
-        profile = self._measured
-        if profile is None:
+        if (profile := self._measured) is None:
             self._is_over = True
             return
         self._order = profile.indices
@@ -265,7 +264,8 @@ class Tuner:
             choice = choose(profile.workload, profile.speeds, limits, self._asked(profile.indices))
         except BudgetError as error:
             self._is_over = True
-            warnings.warn(f"no plan was found, the run goes on with k={self.setting.k}: {error}", SuperpipeWarning, 2)
+            self.plan = f"no plan was found, the run goes on with k={self.setting.k}: {error}"
+            warnings.warn(self.plan, SuperpipeWarning, 2)
             return
         wanted = self._by_registration(choice.setting)
         if wanted != self.setting and (wanted in self._tried or len(self._tried) >= _MOST_PLANS):

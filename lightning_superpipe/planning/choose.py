@@ -212,9 +212,10 @@ def _refusal(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked, s
     need, host = needed_bytes(workload, least), host_use(workload, least)
     if limits.host_bytes is not None and host.total > limits.host_bytes:
         message = (
-            f"training needs {_size(host.total)} of host memory ({_size(host.weights)} of weights, "
-            f"{_size(host.gradients)} of gradients, {_size(host.states)} of optimizer states, "
-            f"{_size(host.activations)} of activations); host_memory allows {_size(limits.host_bytes)}."
+            f"training needs {_size(host.total)} ({host.total} bytes) of host memory ("
+            f"{_size(host.weights)} of weights, {_size(host.gradients)} of gradients, {_size(host.states)} of "
+            f"optimizer states, {_size(host.activations)} of activations); host_memory allows "
+            f"{_size(limits.host_bytes)} ({limits.host_bytes} bytes)."
         )
     else:
         kept = f"anchors{' and updates on the device' if asked.update_on_device else ''}"
