@@ -99,6 +99,7 @@ def make_report(
         k=setting.k,
         k_prime=setting.k_prime,
         num_resident=setting.resident,
+        micro_batches=setting.micro_batches,
         num_on_device=0 if updates is None or updates.device is None else updates.device.num_units,
         num_units=len(engine.units),
         num_steps=num_steps,

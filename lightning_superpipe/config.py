@@ -156,7 +156,8 @@ class SuperpipeConfig:
             ``device_memory``. Or a mapping of unit names or patterns to these, of which the
             first that matches counts: ``{"h.*": "recompute", "*": "keep"}``; units that none matches keep.
         micro_batches: parts that each batch is split into inside the units that recompute, so that weights cross the
-            link once for all of them; above 1 ``"auto"`` means recompute, and sums are taken in another order.
+            link once for all of them; above 1 ``activations="auto"`` means recompute, and sums are taken in another
+            order. ``"auto"`` begins with 1 and lets the choice within ``device_memory`` split where that pays.
         pin_memory: page-lock the host store; ``"auto"`` does so where the device can use it.
         fused_optimizer: use torch's fused CPU kernels where the optimizer left the choice open; ``"auto"`` does so on
             accelerators only, where no choice could be bit-equal to an update on the device.
@@ -197,7 +198,7 @@ class SuperpipeConfig:
     master_weights: Literal["float32"] | None = None
     units: UnitChoice = None
     activations: ActivationChoice = "auto"
-    micro_batches: int = 1
+    micro_batches: int | Auto = 1
     pin_memory: bool | Auto = "auto"
     fused_optimizer: bool | Auto = "auto"
     update: Update = "auto"
@@ -233,7 +234,8 @@ class SuperpipeConfig:
         if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
             raise ConfigError(f"record_step={step!r}: the index of a training step (0 or more), or null.")
         _check_units(self.units)
-        check_count("micro_batches", self.micro_batches)
+        if self.micro_batches != "auto":
+            check_count("micro_batches", self.micro_batches, also="'auto'")
         _check_activations(self.activations, self.micro_batches)
         _check_store(self.store)
         for name, nested in _NESTED.items():
@@ -258,6 +260,11 @@ class SuperpipeConfig:
                 _check_names(nested, options[name], prefix=f"{name}.")
                 options[name] = nested(**options[name])
         return cls(**options)
+
+    @property
+    def first_micro_batches(self) -> int:
+        """Parts of a batch in the first step."""
+        return 1 if self.micro_batches == "auto" else self.micro_batches
 
     def is_on_disk(self, kind: str) -> bool:
         """Whether ``store`` puts a kind of bytes into files.
@@ -311,7 +318,7 @@ def _check_units(units: Any) -> None:
         )
 
 
-def _check_activations(choice: Any, micro_batches: int) -> None:
+def _check_activations(choice: Any, micro_batches: int | Auto) -> None:
     """Raise ConfigError unless ``choice`` is a policy, or a mapping of names to policies, that suits micro-batches."""
     policies = list(choice.values()) if isinstance(choice, Mapping) else [choice]
     for policy in policies:
@@ -323,9 +330,9 @@ def _check_activations(choice: Any, micro_batches: int) -> None:
             )
     if isinstance(choice, Mapping) and not (choice and all(isinstance(name, str) and name for name in choice)):
         raise ConfigError(f"activations={choice!r}: a mapping names at least one unit or pattern, as text.")
-    if micro_batches > 1 and not {"recompute", "auto"} & set(policies):
+    if micro_batches != 1 and not {"recompute", "auto"} & set(policies):
         raise ConfigError(
-            f"micro_batches={micro_batches} splits the batch inside units that recompute, but activations={choice!r} "
+            f"micro_batches={micro_batches!r} splits the batch inside units that recompute, but activations={choice!r} "
             "lets none do so. Use activations='recompute', or micro_batches=1."
         )
 

@@ -19,7 +19,7 @@ def asked_of(
 ) -> Asked:
     """Return what a choice must keep: a knob that is not open stays as the setting has it.
 
-    Residents and policies are open only under a limit: without one, nothing says when to stop.
+    Residents, policies and micro-batches are open only under a limit: without one, nothing says when to stop.
 
     Args:
         order: units by their use, in which policies count.
@@ -34,6 +34,7 @@ def asked_of(
         k_prime=None if opens_k and config.k_prime == "auto" else setting.k_prime,
         resident=None if opens_resident else setting.resident,
         activations=tuple(policies),
+        micro_batches=None if is_limited and config.micro_batches == "auto" else setting.micro_batches,
         update=setting.update,
         update_on_device=setting.update_on_device,
     )
@@ -42,7 +43,7 @@ def asked_of(
 def may_step_aside(config: SuperpipeConfig) -> bool:
     """Whether a run may go on without streaming: it is allowed, and nothing was asked for that only streaming gives."""
     knobs = (config.k, config.resident, config.activations)
-    is_wide = config.wire_dtype is None and config.master_weights is None and config.micro_batches == 1
+    is_wide = config.wire_dtype is None and config.master_weights is None and config.micro_batches in (1, "auto")
     is_on_host = not any(map(config.is_on_disk, STORED_KINDS)) and config.update_on_device in (0.0, "auto")
     return config.step_aside is not False and all(knob == "auto" for knob in knobs) and is_wide and is_on_host
 
@@ -57,7 +58,8 @@ def first_setting(config: SuperpipeConfig, need: MemoryNeed, budget: int | None)
     k = choose_k(None if config.k == "auto" else config.k, need, budget, k_prime=k_prime)
     resident = choose_residents(0 if config.resident == "auto" else config.resident, k, need, budget, need.total(k))
     share = 0.0 if config.update_on_device == "auto" else float(config.update_on_device)
-    return Setting(k, min(k_prime, k), resident, update_on_device=share)
+    parts = config.first_micro_batches
+    return Setting(k, min(k_prime, k), resident, micro_batches=parts, update_on_device=share)
 
 
 def refuse_announced(config: SuperpipeConfig) -> None:

@@ -31,6 +31,7 @@ from lightning_superpipe.observe.step_times import StepMark, UnitTimes, speeds_o
 from lightning_superpipe.observe.trace import Span
 from lightning_superpipe.observe.unit_profile import TransientBytes, UnitProfile, transient_bytes
 from lightning_superpipe.planning.budget import KeptBytes
+from lightning_superpipe.planning.need import of_whole_batch
 from lightning_superpipe.planning.workload import Setting, UnitWork, Workload
 
 __all__ = ["Profiler"]
@@ -235,14 +236,16 @@ class Profiler:
             return None
         num_passes = 1 if self._trains else max(1, round(times.num_passes / len(self._marks)))
         held = self._held or [Held()] * len(self._engine.units)
-        whole = [held[unit].activations for unit in times.order]
+        in_parts = {unit for unit in times.order if self._is_in_parts(unit, setting)}
+        whole = [held[unit].inputs if unit in in_parts else held[unit].activations for unit in times.order]
         in_force = [_held_under(setting.policy(unit), held[unit]) for unit in times.order]
         transients = transient_bytes(self._trail, times.order, in_force, whole)
         policies = setting.activations and tuple(setting.policy(unit) for unit in times.order)
-        units = [self._work(unit, times, held[unit], transients, setting.policy(unit)) for unit in times.order]
+        units = [self._work(unit, times, held[unit], transients, setting) for unit in times.order]
         if not times.update_s:
             units = _shared_update(units, times.whole_update_s)
-        lowest = next((place for place, unit in enumerate(units) if unit.backward_s), len(units) - 1)
+        # Not by the work of units: a forward that is computed again in less time than it took may leave none of it.
+        lowest = next((place for place, unit in enumerate(times.order) if times.backward_s.get(unit)), len(units) - 1)
         kept = self._kept_bytes()
         workload = Workload(
             units=tuple(units),
@@ -252,6 +255,7 @@ class Profiler:
             between_s=times.between_s + (times.whole_update_s if times.update_s else 0.0),
             trains=self._trains,
             lowest=lowest if self._trains else 0,
+            samples=min((count for unit in times.order if (count := self._rows(unit)) > 1), default=1),
             updates=self._updates_per_step() or 1.0,
             update_bytes=kept.updates,
             kernel_bytes=kept.kernels,
@@ -272,13 +276,24 @@ class Profiler:
             num_passes,
         )
 
-    def _work(self, index: int, times: UnitTimes, held: Held, transients: TransientBytes, policy: str) -> UnitWork:
-        unit = self._engine.units[index]
+    def _rows(self, unit: int) -> int:
+        """Samples in a unit's batch; 1 where there is none that could be split."""
+        return self._engine.probes.given_rows.get(unit, 1)
+
+    def _splits(self, unit: int) -> bool:
+        return self._engine.activations.splits(unit) and self._rows(unit) > 1
+
+    def _is_in_parts(self, unit: int, setting: Setting) -> bool:
+        is_recomputed = setting.policy(unit) == Policy.RECOMPUTE.value
+        return setting.micro_batches > 1 and is_recomputed and self._splits(unit)
+
+    def _work(self, index: int, times: UnitTimes, held: Held, transients: TransientBytes, setting: Setting) -> UnitWork:
+        unit, policy = self._engine.units[index], setting.policy(index)
         forward_s, backward_s = times.forward_s.get(index, 0.0), times.backward_s.get(index, 0.0)
         regular = self._updates_per_step(regular_only=True)  # only these were recorded by unit
         if policy == Policy.RECOMPUTE.value and backward_s:
             backward_s = max(0.0, backward_s - forward_s)
-        return UnitWork(
+        work = UnitWork(
             name=unit.name,
             weight_bytes=unit.num_bytes,
             gradient_bytes=_gradient_bytes(unit) if self._trains else 0,
@@ -293,8 +308,9 @@ class Profiler:
             backward_bytes=transients.backward[index],
             unfreed_backward_bytes=transients.unfreed[index],
             policies=self._engine.activations.possible(index),
-            splits=self._engine.activations.splits(index),
+            splits=self._splits(index),
         )
+        return of_whole_batch(work, setting.micro_batches) if self._is_in_parts(index, setting) else work
 
 
 def _held_under(policy: str, held: Held) -> int:

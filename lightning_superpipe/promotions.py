@@ -36,7 +36,8 @@ def report_promotions(promotions: Sequence[Promotion], *, need_bytes: int, budge
     extra = need_bytes + num_bytes
     if budget_bytes is not None and extra > budget_bytes:
         raise BudgetError(
-            f"{message} That makes {naturalsize(extra, binary=True)}, but device_memory allows "
-            f"{naturalsize(budget_bytes, binary=True)}. Read them inside a module's own forward, or allow more."
+            f"{message} That makes {naturalsize(extra, binary=True)} ({extra} bytes), but device_memory allows "
+            f"{naturalsize(budget_bytes, binary=True)} ({budget_bytes} bytes). Read them inside a "
+            "module's own forward, or allow more."
         )
     warnings.warn(message, SuperpipeWarning, stacklevel=3)

@@ -116,10 +116,10 @@ class Session:
         self._updates = make_stage(self._engine, config, self._masters, self._tier, self._files)
         self._machine = functools.cache(partial(known_machine, device, is_emulated=config.link is not None))
         is_open = config.update_on_device == "auto"
-        self._share = ShareChoice(self._updates, device, is_open=is_open, machine=self._machine)
+        self._tell = tell or _log.info
+        self._share = ShareChoice(self._updates, device, is_open=is_open, machine=self._machine, tell=self._tell)
         self._meter = Meter(device, self._static_bytes, lambda: self._engine.gradients.in_flight_bytes)
         self._owns_root = owns_root
-        self._tell = tell or _log.info
         self._tuner = self._make_tuner(start, limit)
         self._aside = AsideRule(config, self._tuner, self._ordinary_bytes, self._tell)
         self.on_aside: Callable[[], None] = lambda: None
@@ -385,7 +385,8 @@ class Session:
             num_steps=self._num_steps,
             last_step=self._last_step,
             sees_loop=self._meter.sees_all or not self._owns_root,
-            plan=self._tuner.plan + self._files.remark(len(self._engine.units), is_used=bool(self._tier.disks)),
+            plan="\n".join(filter(None, (self._tuner.plan, self._share.plan)))
+            + self._files.remark(len(self._engine.units), is_used=bool(self._tier.disks)),
             endurance_tb=None if self.config.disk is None else self.config.disk.endurance_tb,
         )
 

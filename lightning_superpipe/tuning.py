@@ -228,9 +228,9 @@ class Tuner:
         self._engine.activations.recompute_all()
         self.setting = replace(self.setting, activations=self._engine.activations.policies())
         warnings.warn(
-            f"activations took {_size(took)} in the first step, but device_memory leaves {_size(max(left, 0))} for "
-            "them: from now on units recompute theirs in backward. Set activations to 'recompute' to begin with it, or "
-            "to 'keep' to allow more.",
+            f"activations took {_size(took)} ({took} bytes) in the first step, but device_memory leaves "
+            f"{max(left, 0)} bytes for them: from now on units recompute theirs in backward. Set activations to "
+            "'recompute' to begin with it, or to 'keep' to allow more.",
             SuperpipeWarning,
             stacklevel=2,
         )
@@ -243,7 +243,7 @@ class Tuner:
 
     def _is_anything_open(self) -> bool:
         asked = self._asked(self._order)
-        return asked.k is None or asked.resident is None or None in asked.activations
+        return None in (asked.k, asked.resident, asked.micro_batches, *asked.activations)
 
     def _asked(self, order: Sequence[int]) -> Asked:
         return asked_of(self._config, self.setting, self._engine.activations, order, has_limit=self._limit is not None)
@@ -251,8 +251,7 @@ class Tuner:
     # -- the choice
 
     def _decide(self, index: int) -> None:
-        profile = self._measured
-        if profile is None:
+        if (profile := self._measured) is None:
             self._is_over = True
             return
         self._order = profile.indices
@@ -265,7 +264,8 @@ class Tuner:
             choice = choose(profile.workload, profile.speeds, limits, self._asked(profile.indices))
         except BudgetError as error:
             self._is_over = True
-            warnings.warn(f"no plan was found, the run goes on with k={self.setting.k}: {error}", SuperpipeWarning, 2)
+            self.plan = f"no plan was found, the run goes on with k={self.setting.k}: {error}"
+            warnings.warn(self.plan, SuperpipeWarning, 2)
             return
         wanted = self._by_registration(choice.setting)
         if wanted != self.setting and (wanted in self._tried or len(self._tried) >= _MOST_PLANS):
@@ -303,7 +303,7 @@ class Tuner:
         }
         best = min(fits or self._tried, key=lambda setting: self._tried[setting].step_s)
         self._say(
-            f"k={best.k}, k_prime={best.k_prime}, {best.resident} resident: the fastest of {len(self._tried)} plans "
+            f"{knobs(best)}, k_prime={best.k_prime}: the fastest of {len(self._tried)} plans "
             f"tried, {1e3 * self._tried[best].step_s:.4g} ms a step"
         )
         if best != self.setting:
@@ -374,11 +374,13 @@ class Tuner:
         activations, config = self._engine.activations, self._config
         units = range(len(self._engine.units))
         can = [unit for unit in units if activations.is_open(unit) and "recompute" in activations.possible(unit)]
+        may_split = [unit for unit in units if activations.splits(unit)] if config.micro_batches == "auto" else []
         setting = smaller(
             self.setting,
             opens_k=config.k == "auto",
             opens_resident=config.resident == "auto",
             may_recompute=can,
+            may_split=may_split,
             num_units=len(units),
         )
         if setting is None:

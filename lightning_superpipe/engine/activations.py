@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_superpipe.engine.containers import take_apart
-from lightning_superpipe.engine.micro_batches import MicroBatches, why_not_split
+from lightning_superpipe.engine.micro_batches import MicroBatches, SplitError, why_not_split
 from lightning_superpipe.engine.offload import Offload
 from lightning_superpipe.engine.recompute import Repeatable
 from lightning_superpipe.engine.side_effects import signature, why_not_again
@@ -85,7 +85,7 @@ class Activations:
 
     Args:
         choices: one per unit.
-        num_parts: micro-batches inside units that recompute.
+        num_parts: micro-batches inside units that recompute; above 1 they were asked for, and stay.
 
     Raises:
         UnsupportedError: the batch of a unit that recomputes cannot be split.
@@ -95,8 +95,9 @@ class Activations:
     def __init__(self, engine: Engine, choices: Sequence[Choice], offload: Offload, *, num_parts: int) -> None:
         self._engine = weakref.ref(engine)
         self._choices = list(choices)
-        self._num_parts = num_parts
+        self._num_parts, self._are_parts_asked_for = num_parts, num_parts > 1
         self._splitters: dict[int, MicroBatches] = {}
+        self._unsplit: set[int] = set()  # units that turned out to couple samples
         self._said: set[tuple[int, str]] = set()
         self.offload = offload
         for unit, choice in zip(engine.units, choices, strict=True):
@@ -128,14 +129,24 @@ class Activations:
 
     def splits(self, unit: int) -> bool:
         """Whether a unit's batch may be split, as far as is known by now."""
-        return why_not_split(list(self._require_engine().units[unit].module.modules())) is None
+        modules = list(self._require_engine().units[unit].module.modules())
+        return unit not in self._unsplit and why_not_split(modules) is None
 
-    def adopt(self, policies: Sequence[str]) -> None:
-        """Let units do something else from now on, where the user left it open."""
-        self._choices = [
-            choice._replace(policy=Policy(policy)) if choice.is_open else choice
-            for choice, policy in zip(self._choices, policies, strict=True)
-        ]
+    def adopt(self, policies: Sequence[str], num_parts: int) -> None:
+        """Let units do something else from now on, where the user left it open.
+
+        Args:
+            policies: of each unit; empty leaves them as they are.
+            num_parts: micro-batches inside units that recompute, if none were asked for.
+        """
+        if not self._are_parts_asked_for and num_parts != self._num_parts:
+            self._num_parts = num_parts
+            self._splitters.clear()
+        if policies:
+            self._choices = [
+                choice._replace(policy=Policy(policy)) if choice.is_open else choice
+                for choice, policy in zip(self._choices, policies, strict=True)
+            ]
 
     def recompute_all(self) -> None:
         """Let every unit that keeps recompute from now on."""
@@ -189,10 +200,16 @@ class Activations:
                 self._keep(unit, repeatable.reason)
             return output
 
-        if self._num_parts == 1:
+        if self._num_parts == 1 or not (self._are_parts_asked_for or self.splits(unit.index)):
             return run(*args, **kwargs)
         splitter = self._splitters.setdefault(unit.index, MicroBatches(unit.name, self._num_parts))
-        return splitter.run(modules, run, call, args, kwargs)
+        try:
+            return splitter.run(modules, run, call, args, kwargs)
+        except SplitError as error:
+            if self._are_parts_asked_for:
+                raise
+            self._keep_whole(unit, error)
+        return run(*args, **kwargs)
 
     @property
     def _device(self) -> torch.device:
@@ -237,6 +254,11 @@ class Activations:
         host = self._require_engine().anchors.host_buffer(held)
         assert host is not None, "a buffer was asked about"
         return host
+
+    def _keep_whole(self, unit: Unit, error: SplitError) -> None:
+        """A unit gets its whole batch from now on: that it be split was chosen, and nobody's wish."""
+        self._unsplit.add(unit.index)
+        warnings.warn(f"unit {unit.name!r} gets its whole batch: {error}", SuperpipeWarning, stacklevel=2)
 
     def _keep(self, unit: Unit, reason: str) -> None:
         """Say why a unit keeps what it should not; refuse it where the user named the unit."""

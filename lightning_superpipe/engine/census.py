@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from lightning_superpipe.engine.backend import storage_address
+from lightning_superpipe.engine.micro_batches import batched
 from lightning_superpipe.engine.offload import MIN_BYTES
 from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.unit import Unit
@@ -112,6 +113,7 @@ class Probes:
             begins and ``"home"`` when its gradients are home.
         census: counts what autograd saves in units; None does not.
         given_bytes: of the tensors that units were given in forward since it was 0; None counts none.
+        given_rows: of those, by unit: the samples in the last batch, as far as one tensor tells.
         last_use: what the engine was asked for last: ``"F"`` or ``"B"``, and the unit.
     """
 
@@ -120,11 +122,14 @@ class Probes:
         self.last_use: tuple[str, Unit] | None = None
         self.census: Census | None = None
         self.given_bytes: int | None = None
+        self.given_rows: dict[int, int] = {}
 
     def given(self, unit: int, values: Any) -> None:
         """A unit is called in forward."""
         if self.given_bytes is not None:
-            tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+            tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+            if (first := batched(tensors)) is not None:
+                self.given_rows[unit] = len(first)
             self.given_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if self.census is not None and torch.is_grad_enabled():
             self.census.give(unit, values)

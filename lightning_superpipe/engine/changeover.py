@@ -19,7 +19,7 @@ def change_over(engine: Engine, setting: Setting, order: Sequence[int]) -> None:
 
     Args:
         setting: its activation policies count in the order of registration; empty leaves them as they are. Only units
-            whose policy the user left open change it; micro-batches and the update stay as they are.
+            whose policy the user left open change it; the update stays as it is.
         order: units by their use, among which residents are spread.
 
     Raises:
@@ -35,5 +35,4 @@ def change_over(engine: Engine, setting: Setting, order: Sequence[int]) -> None:
         engine.residency.shrink(num_slots)
     places = spread(range(len(order)), num_slots - min(setting.k, num_units))
     engine.follower.widen(num_slots, min(setting.k_prime, num_slots), frozenset(order[place] for place in places))
-    if setting.activations:
-        engine.activations.adopt(setting.activations)
+    engine.activations.adopt(setting.activations, setting.micro_batches)

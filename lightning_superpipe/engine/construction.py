@@ -55,8 +55,8 @@ def make_engine(
             tier=tier,
             pin=may_pin(config, device),
             root_scope=scope,
-            choices=choose_policies(config.activations, names, micro_batches=config.micro_batches),
-            micro_batches=config.micro_batches,
+            choices=choose_policies(config.activations, names, micro_batches=config.first_micro_batches),
+            micro_batches=config.first_micro_batches,
             wire=wire,
         )
     except torch.OutOfMemoryError as error:

@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from lightning_superpipe.engine.containers import Structure, take_apart
 from lightning_superpipe.errors import UnsupportedError
 
-__all__ = ["MicroBatches", "why_not_split"]
+__all__ = ["MicroBatches", "SplitError", "batched", "why_not_split"]
 
 Call = Callable[..., Any]
 _ADVICE = "Use micro_batches=1, or activations={{{name!r}: 'keep', ...}} to give this unit its whole batch."
 # Rounding moves a value by about one unit in the last place; a coupled sample moves it by the size of the value.
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class SplitError(UnsupportedError):
+    """The batch of a unit cannot be split."""
 
 
 def why_not_split(modules: Sequence[nn.Module]) -> str | None:
@@ -33,6 +37,12 @@ def why_not_split(modules: Sequence[nn.Module]) -> str | None:
         if getattr(module, "batch_first", True) is False:
             return f"{type(module).__name__} has its batch in dimension 1 (batch_first=False)"
     return None
+
+
+def batched(leaves: Sequence[Any]) -> Tensor | None:
+    """Return the argument whose first dimension is the batch's: the first of floating point, or the first tensor."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0] if tensors else None)
 
 
 class _Parts(NamedTuple):
@@ -73,7 +83,7 @@ class MicroBatches:
             rehearse: the same as ``call``, without anything to remember.
 
         Raises:
-            UnsupportedError: the batch cannot be split here; the message names the unit.
+            SplitError: the batch cannot be split here; the message names the unit.
         """
         if (reason := why_not_split(modules)) is not None:
             raise self.refusal(reason)
@@ -91,9 +101,7 @@ class MicroBatches:
         return self._join(outputs, parts.sizes, leaves)
 
     def _parts(self, leaves: list[Any]) -> _Parts:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-        first = next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0] if tensors else None)
-        if first is None:
+        if (first := batched(leaves)) is None:
             raise self.refusal("no argument is a tensor with a batch dimension")
         size = len(first)
         num_parts = max(1, min(self._num_parts, size))
@@ -134,7 +142,7 @@ class MicroBatches:
         """Try the first part, or two samples if it is one, against half of it.
 
         Raises:
-            UnsupportedError: the samples of that half come out otherwise when the others are missing.
+            SplitError: the samples of that half come out otherwise when the others are missing.
         """
         size = max(2, parts.sizes[0])
         results = []
@@ -169,9 +177,9 @@ class MicroBatches:
                 f"its output for a sample depends on the other samples (by {difference:.1e}; {allowed:.1e} is rounding)"
             )
 
-    def refusal(self, reason: str) -> UnsupportedError:
+    def refusal(self, reason: str) -> SplitError:
         """The error that says why the unit's batch cannot be split."""
-        return UnsupportedError(
+        return SplitError(
             f"micro_batches={self._num_parts} cannot split the batch of unit {self._name!r}: {reason}. "
             + _ADVICE.format(name=self._name)
         )

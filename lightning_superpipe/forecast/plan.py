@@ -267,8 +267,11 @@ def _limits(profile: MachineProfile, config: SuperpipeConfig) -> Limits:
 def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig) -> Asked:
     names = [unit.tape.name for unit in played.units]
     policies: tuple[str | None, ...] = ()
-    if config.activations != "auto":
-        policies = tuple(choice.policy.value for choice in choose_policies(config.activations, names))
+    parts = config.first_micro_batches
+    if config.activations != "auto" or parts > 1:
+        policies = tuple(
+            choice.policy.value for choice in choose_policies(config.activations, names, micro_batches=parts)
+        )
         for policy, unit in zip(policies, played.units, strict=True):
             if policy not in unit.policies:
                 raise ConfigError(f"activations: unit {unit.tape.name!r} cannot {policy}. Use 'keep' or 'auto' for it.")
@@ -284,7 +287,7 @@ def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig)
         k_prime=k_prime,
         resident=config.resident if isinstance(config.resident, int) else None,
         activations=policies,
-        micro_batches=config.micro_batches,
+        micro_batches=None if config.micro_batches == "auto" else parts,
         update=update,
         update_on_device=0.0 if config.update_on_device == "auto" else float(config.update_on_device),
     )
@@ -295,7 +298,13 @@ def _windows(
 ) -> Iterator[Window]:
     """Predict a table of (k, k') under the chosen policies, with nothing resident, and the choice itself."""
     activations = tuple(policy or "keep" for policy in asked.activations)
-    base = Setting(1, activations=activations, update=asked.update, update_on_device=asked.update_on_device)
+    base = Setting(
+        1,
+        activations=activations,
+        micro_batches=asked.micro_batches or 1,
+        update=asked.update,
+        update_on_device=asked.update_on_device,
+    )
     base = base if choice is None else choice.setting
     num_units = len(workload.units)
     sizes = [k for k in _WINDOWS if k < num_units] + [num_units] if asked.k is None else [min(asked.k, num_units)]

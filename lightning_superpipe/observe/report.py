@@ -77,6 +77,7 @@ class Report:
         sees_loop: the peak holds what the user's loop computes itself, such as a loss, and not the model's calls and
             their backward alone.
         num_on_device: units that are updated on the device.
+        micro_batches: parts of a batch inside units that recompute.
         plan: what ``auto`` chose, and why; empty where nothing was chosen.
     """
 
@@ -96,6 +97,7 @@ class Report:
     unit_overhead_us: float
     sees_loop: bool = True
     num_on_device: int = 0
+    micro_batches: int = 1
     plan: str = ""
     endurance_tb: float | None = None
 
@@ -160,6 +162,7 @@ class Report:
             "k_prime",
             "num_resident",
             "num_on_device",
+            "micro_batches",
             "num_units",
             "num_steps",
             "num_parameters",
@@ -190,6 +193,7 @@ class Report:
         window = f"k={self.k} of {self.num_units} units, k'={self.k_prime}"
         window += f", {self.num_resident} resident" if self.num_resident else ""
         window += f", {self.num_on_device} updated on the device" if self.num_on_device else ""
+        window += f", batches in {self.micro_batches} parts" if self.micro_batches > 1 else ""
         return Text.assemble(("superpipe", "bold"), f" on {where}: {window}, {self.num_steps} steps")
 
     def _memory_table(self) -> Table:

@@ -37,7 +37,7 @@ class Asked:
     Attributes:
         k, k_prime, resident: as in :class:`Setting`.
         activations: a policy for each unit, or None where it is open; empty leaves all open.
-        micro_batches: the most parts that a batch may have.
+        micro_batches: parts of a batch inside units that recompute.
         update, update_on_device: as in :class:`Setting`.
     """
 
@@ -45,7 +45,7 @@ class Asked:
     k_prime: int | None = None
     resident: int | None = None
     activations: tuple[str | None, ...] = ()
-    micro_batches: int = 1
+    micro_batches: int | None = 1
     update: str = "after_backward"
     update_on_device: float = 0.0
 
@@ -190,7 +190,7 @@ def _search(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) ->
         k_prime=asked.k_prime,
         resident=asked.resident,
         policies=asked.activations or (None,) * len(workload.units),
-        most_micro_batches=asked.micro_batches,
+        micro_batches=asked.micro_batches,
         update=asked.update,
         update_on_device=asked.update_on_device,
     )
@@ -212,9 +212,10 @@ def _refusal(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked, s
     need, host = needed_bytes(workload, least), host_use(workload, least)
     if limits.host_bytes is not None and host.total > limits.host_bytes:
         message = (
-            f"training needs {_size(host.total)} of host memory ({_size(host.weights)} of weights, "
-            f"{_size(host.gradients)} of gradients, {_size(host.states)} of optimizer states, "
-            f"{_size(host.activations)} of activations); host_memory allows {_size(limits.host_bytes)}."
+            f"training needs {_size(host.total)} ({host.total} bytes) of host memory ("
+            f"{_size(host.weights)} of weights, {_size(host.gradients)} of gradients, {_size(host.states)} of "
+            f"optimizer states, {_size(host.activations)} of activations); host_memory allows "
+            f"{_size(limits.host_bytes)} ({limits.host_bytes} bytes)."
         )
     else:
         kept = f"anchors{' and updates on the device' if asked.update_on_device else ''}"
@@ -236,16 +237,20 @@ def _way_out(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) -
         free[f"k_prime={asked.k_prime}"] = replace(asked, k_prime=None)
     if asked.resident:
         free[f"resident={asked.resident}"] = replace(asked, resident=None)
+    if asked.micro_batches is not None and asked.micro_batches > 1:
+        free[f"micro_batches={asked.micro_batches}"] = replace(asked, micro_batches=None)
     if any(policy is not None for policy in asked.activations):
         free["activations"] = replace(asked, activations=())
     for name, freer in free.items():
         if (found := _search(workload, speeds, limits, freer).any_fitting()) is not None:
             return f"What you set as {name} forbids what would fit, such as {_knobs(found)}: leave it to 'auto'."
     if len(free) > 1:
-        freest = Asked(micro_batches=asked.micro_batches, update=asked.update, update_on_device=asked.update_on_device)
+        parts = None if asked.micro_batches != 1 else 1
+        freest = Asked(micro_batches=parts, update=asked.update, update_on_device=asked.update_on_device)
         if (found := _search(workload, speeds, limits, freest).any_fitting()) is not None:
             return f"What you set as {', '.join(free)} forbids what would fit, such as {_knobs(found)}."
-    return "Allow more, take a smaller batch, mark smaller units, or let the batch be split (micro_batches)."
+    split = "" if asked.micro_batches is None else ", or let the batch be split (micro_batches)"
+    return f"Allow more, take a smaller batch, mark smaller units{split}."
 
 
 def _knobs(setting: Setting) -> str:

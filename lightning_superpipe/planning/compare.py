@@ -31,8 +31,8 @@ def missed(
     >>> list(missed([1.25, 1.2, 1.22], 900, told)), list(missed([1.5, 1.2, 0.9], 900, told))
     (['a step takes 1220 ms, 1000 were predicted'], [])
     >>> list(missed([1.0], 1200, told)), list(missed([1.0], 1050, told, limit_bytes=1024))
-    (['it takes 1.2 KiB on the device, 1000 Bytes were predicted'], ['it takes 1.0 KiB on the device, 1.0 KiB are \
-allowed'])
+    (['it takes 1.2 KiB on the device, 1000 Bytes were predicted'], ['it takes 1.0 KiB (1050 bytes) on the device, \
+1024 are allowed'])
     """
     median_s, noise_s = statistics.median(step_s), max(step_s) - min(step_s)
     if median_s > _TOLERANCE * prediction.step_s and median_s - prediction.step_s > noise_s:
@@ -40,7 +40,7 @@ allowed'])
     if peak_bytes > _TOLERANCE * prediction.peak.total:
         yield f"it takes {_size(peak_bytes)} on the device, {_size(prediction.peak.total)} were predicted"
     elif limit_bytes is not None and peak_bytes > limit_bytes:
-        yield f"it takes {_size(peak_bytes)} on the device, {_size(limit_bytes)} are allowed"
+        yield f"it takes {_size(peak_bytes)} ({peak_bytes} bytes) on the device, {limit_bytes} are allowed"
 
 
 def _size(num_bytes: int) -> str:

@@ -8,22 +8,31 @@ from dataclasses import replace
 from humanize import naturalsize
 
 from lightning_superpipe.planning.budget import MemoryNeed
+from lightning_superpipe.planning.search import MOST_PARTS
 from lightning_superpipe.planning.workload import Setting
 
 __all__ = ["knobs", "shortage", "smaller"]
 
 
 def smaller(
-    setting: Setting, *, opens_k: bool, opens_resident: bool, may_recompute: Collection[int], num_units: int
+    setting: Setting,
+    *,
+    opens_k: bool,
+    opens_resident: bool,
+    may_recompute: Collection[int],
+    may_split: Collection[int] = (),
+    num_units: int,
 ) -> Setting | None:
     """Return a setting that takes less; None if none is left open.
 
     Units that stay are given up first, half of them at a time, then slots down to 2, which still overlap; then units
-    that may recompute do so; a single slot is the last resort.
+    that may recompute do so, and split their batch into twice as many parts if they may; a single slot is the last
+    resort.
 
     Args:
         opens_k, opens_resident: whether these may change.
         may_recompute: units that may.
+        may_split: units whose batch may be split when they recompute.
 
     >>> plan: Setting | None = Setting(4, resident=3)
     >>> while plan:
@@ -35,6 +44,10 @@ def smaller(
     2 0
     2 0 keep recompute
     1 0 keep recompute
+    >>> split = smaller(Setting(2, activations=("recompute",)), opens_k=True, opens_resident=True, may_recompute=[0],
+    ...                 may_split=[0], num_units=1)
+    >>> split.k, split.micro_batches
+    (2, 2)
     """
     if opens_resident and setting.resident:
         return replace(setting, resident=setting.resident // 2)
@@ -44,6 +57,9 @@ def smaller(
     fewer = ["recompute" if index in may_recompute else policy for index, policy in enumerate(policies)]
     if fewer != policies:
         return replace(setting, activations=tuple(fewer))
+    is_split = any(fewer[index] == "recompute" for index in may_split)
+    if is_split and setting.micro_batches < MOST_PARTS:
+        return replace(setting, micro_batches=2 * setting.micro_batches)
     return replace(setting, k=1, k_prime=1) if opens_k and setting.k > 1 else None
 
 
@@ -76,7 +92,8 @@ def knobs(setting: Setting) -> str:
     'k=2, 1 resident, activations keep and recompute'
     """
     policies = set(setting.activations) or {"keep"}
-    return f"k={setting.k}, {setting.resident} resident, activations {' and '.join(sorted(policies))}"
+    parts = f" in {setting.micro_batches} micro-batches" if setting.micro_batches > 1 else ""
+    return f"k={setting.k}, {setting.resident} resident, activations {' and '.join(sorted(policies))}{parts}"
 
 
 def _size(num_bytes: int) -> str:

@@ -91,21 +91,26 @@ class Link:
 
     def _play(self, until_s: float) -> None:
         """Go on to the next moment at which a copy begins or ends, but not beyond ``until_s``."""
-        heads = [way.waiting[0] for way in (self.h2d, self.d2h) if way.waiting]
-        active = [copying for copying in heads if copying.ready_s <= self._now_s]
-        is_shared = len(active) > 1
-        next_s = min([copying.ready_s for copying in heads if copying not in active], default=math.inf)
-        for copying in active:
-            next_s = min(next_s, self._now_s + copying.left_s / (copying.shared_rate if is_shared else 1.0))
-        next_s = min(next_s, until_s)
-        passed_s = next_s - self._now_s
-        for way in (self.h2d, self.d2h):
-            if way.waiting and way.waiting[0] in active:
-                copying = way.waiting[0]
-                rate = copying.shared_rate if is_shared else 1.0
-                if self._now_s + copying.left_s / rate <= next_s:
-                    copying.left_s, copying.end_s = 0.0, next_s
-                    way.waiting.popleft()
-                else:
-                    copying.left_s -= passed_s * rate
+        now_s, there, back = self._now_s, self.h2d.waiting, self.d2h.waiting
+        first = there[0] if there and there[0].ready_s <= now_s else None
+        second = back[0] if back and back[0].ready_s <= now_s else None
+        next_s = until_s
+        if first is None and there and there[0].ready_s < next_s:
+            next_s = there[0].ready_s
+        if second is None and back and back[0].ready_s < next_s:
+            next_s = back[0].ready_s
+        is_shared = first is not None and second is not None
+        ends_s = [
+            math.inf if copying is None else now_s + copying.left_s / (copying.shared_rate if is_shared else 1.0)
+            for copying in (first, second)
+        ]
+        next_s = min(next_s, *ends_s)
+        for copying, waiting, end_s in ((first, there, ends_s[0]), (second, back, ends_s[1])):
+            if copying is None:
+                continue
+            if end_s <= next_s:
+                copying.left_s, copying.end_s = 0.0, next_s
+                waiting.popleft()
+            else:
+                copying.left_s -= (next_s - now_s) * (copying.shared_rate if is_shared else 1.0)
         self._now_s = next_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_superpipe.planning.prediction import HostUse, PeakBytes
 from lightning_superpipe.planning.workload import Setting, UnitWork, Workload, updated_there
 
@@ -13,6 +15,7 @@ __all__ = [
     "gradient_limit_bytes",
     "host_use",
     "num_slots",
+    "of_whole_batch",
     "recompute_peak_bytes",
     "saved_bytes",
     "unfreed_backward_peak_bytes",
@@ -47,9 +50,16 @@ def saved_bytes(workload: Workload, setting: Setting, index: int) -> int:
 
 
 def forward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
-    """Return the most that a forward takes beside what is held; parts of a batch are joined at its end."""
+    """Return the most that a forward takes beside what is held.
+
+    Of a batch in parts, that is the last one beside the outputs of all others, or all outputs while they are joined;
+    outputs are taken to be as large as inputs.
+    """
     parts = micro_batches if policy == "recompute" and unit.splits else 1
-    return unit.forward_bytes if parts == 1 else unit.forward_bytes // parts + unit.input_bytes
+    if parts == 1:
+        return unit.forward_bytes
+    last = (unit.forward_bytes - unit.input_bytes) // parts + (parts - 1) * unit.input_bytes // parts
+    return unit.input_bytes + max(last, 2 * unit.input_bytes)
 
 
 def backward_peak_bytes(unit: UnitWork, policy: str, micro_batches: int) -> int:
@@ -73,6 +83,33 @@ def recompute_peak_bytes(unit: UnitWork, micro_batches: int) -> int:
     last tensor that is saved is not computed again, so where a forward's peak is at its end this is too much by that.
     """
     return (unit.forward_bytes - unit.input_bytes) // (micro_batches if unit.splits else 1) + unit.input_bytes
+
+
+def of_whole_batch(unit: UnitWork, micro_batches: int) -> UnitWork:
+    """Return what a unit takes for its whole batch, from what it was measured to take for one in parts.
+
+    The inverse of :func:`forward_peak_bytes` and :func:`backward_peak_bytes`, so that what was measured in so many
+    parts is predicted for as many.
+
+    Args:
+        unit: it recomputes; its forward and backward bytes are all that those of a batch in parts take beside what is
+            held.
+
+    >>> whole = UnitWork("h", 10, 8, activation_bytes=40, input_bytes=4, forward_bytes=48, backward_bytes=12)
+    >>> forward, backward = (peak(whole, "recompute", 4) for peak in (forward_peak_bytes, backward_peak_bytes))
+    >>> parts = replace(whole, forward_bytes=forward, backward_bytes=backward)
+    >>> of_whole_batch(parts, 4) == replace(whole, unfreed_backward_bytes=12)
+    True
+    """
+    others = 2 * (micro_batches - 1) * unit.input_bytes // micro_batches
+    saved = unit.activation_bytes - unit.input_bytes
+    backward = max(0, micro_batches * max(0, unit.backward_bytes - unit.gradient_bytes - others) - saved)
+    return replace(
+        unit,
+        forward_bytes=unit.input_bytes + micro_batches * max(0, unit.forward_bytes - unit.input_bytes - others // 2),
+        backward_bytes=backward,
+        unfreed_backward_bytes=backward,
+    )
 
 
 def unfreed_backward_peak_bytes(unit: UnitWork, share: float) -> int:

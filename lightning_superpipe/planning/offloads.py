@@ -116,5 +116,7 @@ class Offloads:
 
     def late_bytes(self, now_s: float) -> int:
         """Return the bytes of units whose backward is over, and whose batches are late."""
+        if not self._used:
+            return 0
         self._used = [(index, copying) for index, copying in self._used if not self._link.is_over(copying, now_s)]
         return sum(self._sizes[index] for index, _ in self._used)

@@ -7,20 +7,32 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_superpipe.planning.bounds import StepBounds
 from lightning_superpipe.planning.prediction import Prediction
-from lightning_superpipe.planning.simulate import simulate
+from lightning_superpipe.planning.simulate import simulate, simulate_within
 from lightning_superpipe.planning.workload import Setting, Speeds, Workload
 
-__all__ = ["Search"]
+__all__ = ["MOST_PARTS", "Search"]
+
+MOST_PARTS = 16
+"""Of a batch, where the number is open: kernels for fewer samples take longer than whole batches let one expect."""
 
 _NUM_LEVELS = 9  # counts of units with another policy than to keep are tried at so many levels, then closer
 _MOST_MIXES = 100  # up to so many ways to give policies to units are all tried
 _WINDOWS = (2, 3, 4, 6, 8)
 _MOST_PLAYED_UNITS = 8000  # so many units may be played in all: bounds order settings well, so the best come early
 _NO_STALL = 0.01  # of a step
+_WORTH_SPLITTING = 0.95  # of the time with fewer micro-batches
+
+
+class _Found(NamedTuple):
+    """The seconds of a setting's steps, and how many units recompute and offload, as far as levels were tried."""
+
+    seconds: float
+    setting: Setting
+    mix: tuple[int, int] | None
 
 
 class Search:
@@ -32,7 +44,7 @@ class Search:
         k, k_prime, resident: as asked for, None where open.
         update, update_on_device: as asked for.
         policies: as asked for, of each unit.
-        most_micro_batches: allowed.
+        micro_batches: as asked for, None where open: 1, 2, 4 and so on, as far as there are samples.
 
     Attributes:
         tie: relative; steps that differ less are as good as each other.
@@ -52,28 +64,33 @@ class Search:
         k_prime: int | None,
         resident: int | None,
         policies: Sequence[str | None],
-        most_micro_batches: int,
+        micro_batches: int | None,
         update: str,
         update_on_device: float,
     ) -> None:
         n = self._n = len(workload.units)
         self._workload, self._speeds = workload, speeds
-        self._updating: dict[str, Any] = {"update": update, "update_on_device": update_on_device}
+        self._micro_batches = [micro_batches] if micro_batches is not None else _parts(workload.samples)
+        self._given: dict[str, Any] = {
+            "micro_batches": self._micro_batches[0],
+            "update": update,
+            "update_on_device": update_on_device,
+        }
         self._fits, self._keeps = fits, keeps
         self._k = None if k is None else min(k, n)
         self._k_prime = None if k_prime is None else min(k_prime, n if self._k is None else self._k)
         self._resident, self._policies = resident, list(policies)
-        self._micro_batches = [1 << power for power in range(most_micro_batches.bit_length())]
         self._most_played = max(20, _MOST_PLAYED_UNITS // max(n, 1))
         self._bounds = StepBounds(workload, speeds)
         self._played: dict[Setting, Prediction] = {}
+        self._too_slow: dict[Setting, float] = {}  # and the limits that they do not keep
         self._can_recompute = self._by_saving("recompute")
         self._can_offload = self._by_saving("offload")
 
     @property
     def num_simulated(self) -> int:
         """How many settings were played."""
-        return len(self._played)
+        return len(self._played.keys() | self._too_slow.keys())
 
     def predict(self, setting: Setting) -> Prediction:
         """Play a setting, once."""
@@ -82,9 +99,17 @@ class Search:
             found = self._played[setting] = simulate(self._workload, self._speeds, setting)
         return found
 
-    def _seconds(self, setting: Setting) -> float:
-        """The time of a step; infinite if it takes more than is allowed."""
-        prediction = self.predict(setting)
+    def _seconds(self, setting: Setting, limit_s: float = math.inf) -> float:
+        """The time of a step, or the limit if it takes longer than that; infinite if it takes more than is allowed."""
+        if setting not in self._played:
+            if self._too_slow.get(setting, -math.inf) >= limit_s:
+                return limit_s
+            found = simulate_within(self._workload, self._speeds, setting, limit_s)
+            if found is None:
+                self._too_slow[setting] = limit_s
+                return limit_s
+            self._played[setting] = found
+        prediction = self._played[setting]
         return prediction.step_s if self._keeps(prediction) else math.inf
 
     # -- what there is
@@ -137,6 +162,11 @@ class Search:
         others = {"recompute": self._can_recompute, "offload": self._can_offload}
         return ["keep", *(policy for policy, units in others.items() if index in units)]
 
+    def _is_split(self, policies: Sequence[str]) -> bool:
+        """Whether micro-batches make a difference under these policies."""
+        units = zip(policies, self._workload.units, strict=True)
+        return any(policy == "recompute" and unit.splits for policy, unit in units)
+
     def _least_k(self) -> int:
         if self._k is not None:
             return self._k
@@ -152,7 +182,7 @@ class Search:
             k = max(least, num_slots - self._resident)
         else:
             k = min(num_slots, max(least, k_prime + 2))
-        return Setting(k=k, k_prime=min(k_prime, k), resident=num_slots - k, **self._updating)
+        return Setting(k=k, k_prime=min(k_prime, k), resident=num_slots - k, **self._given)
 
     def _slot_range(self) -> tuple[int, int]:
         """The fewest and the most slots that what was asked for allows."""
@@ -186,30 +216,41 @@ class Search:
     # -- the best
 
     def best(self) -> Setting | None:
-        """Return the fastest setting, with no more slots than it needs; None if none fits."""
-        waiting: list[tuple[float, int, Setting, tuple[int, int] | None]] = []
+        """Return the fastest setting, with no more slots than it needs; None if none fits.
+
+        More micro-batches have to gain more than a little: smaller kernels are slower, and sums come out otherwise.
+        """
+        best: _Found | None = None
         for parts in self._micro_batches:
-            for policies, mix in self._mixes():
-                if parts > 1 and "recompute" not in policies:
-                    continue
-                base = replace(self._window(1), activations=policies, micro_batches=parts)
-                if (setting := self._with_slots(base)) is not None:
-                    heapq.heappush(waiting, (self._bounds.seconds(setting), len(waiting), setting, mix))
-        best: tuple[float, Setting, tuple[int, int] | None] | None = None
+            best = self._fastest(parts, math.inf if best is None else best.seconds * _WORTH_SPLITTING) or best
+        if best is None:
+            return None
+        setting = best.setting if best.mix is None else self._closer(best.setting, best.mix)
+        return self._smallest_as_fast(self._best_window(setting))
+
+    def _fastest(self, parts: int, limit_s: float) -> _Found | None:
+        """Return the fastest setting with so many micro-batches; None if none takes less time than the limit."""
+        waiting: list[tuple[float, int, Setting, tuple[int, int] | None]] = []
+        for policies, mix in self._mixes():
+            if parts > self._micro_batches[0] and not self._is_split(policies):
+                continue
+            base = replace(self._window(1), activations=policies, micro_batches=parts)
+            if (setting := self._with_slots(base)) is not None:
+                heapq.heappush(waiting, (self._bounds.seconds(setting), len(waiting), setting, mix))
+        best: _Found | None = None
         while waiting and self.num_simulated < self._most_played // 2:
             bound_s, _, setting, mix = heapq.heappop(waiting)
-            if best is not None and bound_s >= best[0] * (1 - self.tie):
+            if best is not None:
+                limit_s = best.seconds * (1 - self.tie)
+            if bound_s >= limit_s:
                 break
-            seconds = self._seconds(setting)
+            seconds = self._seconds(setting, limit_s)
             if math.isinf(seconds):
                 if (smaller := self._with_fewer_slots(setting)) is not None:
                     heapq.heappush(waiting, (self._bounds.seconds(smaller), -self.num_simulated, smaller, mix))
-            elif best is None or seconds < best[0] * (1 - self.tie):
-                best = seconds, setting, mix
-        if best is None:
-            return None
-        _, setting, mix = best
-        return self._smallest_as_fast(self._best_window(setting if mix is None else self._closer(setting, mix)))
+            elif seconds < limit_s:
+                best = _Found(seconds, setting, mix)
+        return best
 
     def _closer(self, setting: Setting, mix: tuple[int, int]) -> Setting:
         """Look between the levels at which policies were tried."""
@@ -224,7 +265,7 @@ class Search:
                 limit_s = self.predict(setting).step_s * (1 - self.tie / 5)
                 if found is None or self._bounds.seconds(found) >= limit_s:
                     continue
-                if self._seconds(found) < limit_s:
+                if self._seconds(found, limit_s) < limit_s:
                     setting, mix = found, other
             step //= 2
         return setting
@@ -238,13 +279,15 @@ class Search:
             for k_prime in (1, 2) if self._k_prime is None else (self._k_prime,):
                 if k_prime <= k <= num_slots:
                     other = replace(setting, k=k, k_prime=k_prime, resident=num_slots - k)
-                    if self._seconds(other) < self.predict(setting).step_s * (1 - self.tie / 5):
+                    limit_s = self.predict(setting).step_s * (1 - self.tie / 5)
+                    if self._bounds.seconds(other) < limit_s and self._seconds(other, limit_s) < limit_s:
                         setting = other
         return setting
 
     def _smallest_as_fast(self, setting: Setting) -> Setting:
         """Give back the slots, then the window, that make no difference."""
         limit_s = self.predict(setting).step_s * (1 + self.tie)
+        most_s = math.nextafter(limit_s, math.inf)  # who takes longer is given up, and is not as fast
         low, high = self._slot_range()
         high = min(high, setting.k + setting.resident)
 
@@ -257,13 +300,13 @@ class Search:
 
         while low < high:
             middle = (low + high) // 2
-            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self._seconds(sized(middle)) <= limit_s
+            is_fast = self._bounds.seconds(sized(middle)) <= limit_s and self._seconds(sized(middle), most_s) <= limit_s
             low, high = (low, middle) if is_fast else (middle + 1, high)
         setting = sized(low)
         if self._k is None and self._resident is None and low < self._n:
             for k in range(max(2, self._least_k()), min(setting.k, 5)):
                 other = replace(setting, k=k, k_prime=min(setting.k_prime, k), resident=low - k)
-                if self._seconds(other) <= limit_s:
+                if self._seconds(other, most_s) <= limit_s:
                     return other
         return setting
 
@@ -272,7 +315,7 @@ class Search:
         if self._k not in (None, self._n) or self._resident:
             return None
         k_prime = min(self._k_prime or 1, self._n)
-        setting = Setting(k=self._n, k_prime=k_prime, activations=self._mix(0, 0), **self._updating)
+        setting = Setting(k=self._n, k_prime=k_prime, activations=self._mix(0, 0), **self._given)
         return setting if self._fits(setting) else None
 
     # -- where nothing is the best
@@ -314,6 +357,10 @@ class Search:
         if most <= setting.k + setting.resident:
             return f"all that fits, {waits}"
         return f"more would not be faster, {waits}"
+
+
+def _parts(samples: int) -> list[int]:
+    return [1 << power for power in range(min(samples, MOST_PARTS).bit_length())]
 
 
 def _spacing(count: int) -> int:

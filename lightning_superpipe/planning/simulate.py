@@ -17,6 +17,7 @@ from what it waits for. What waits for what is the engine's (:mod:`lightning_sup
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from lightning_superpipe.planning.actions import Action, Op, Plan
@@ -39,7 +40,7 @@ from lightning_superpipe.planning.prediction import LaneSeconds, PeakBytes, Pred
 from lightning_superpipe.planning.step_plan import step_plan
 from lightning_superpipe.planning.workload import Setting, Speeds, Workload, updated_there
 
-__all__ = ["simulate"]
+__all__ = ["simulate", "simulate_within"]
 
 _MAX_STEPS = 8
 
@@ -61,6 +62,16 @@ def simulate(workload: Workload, speeds: Speeds, setting: Setting) -> Prediction
     >>> step.busiest, round(step.bound_s, 6)
     ('compute', 12.0)
     """
+    found = simulate_within(workload, speeds, setting, math.inf)
+    assert found is not None, "no step is longer than that"
+    return found
+
+
+def simulate_within(workload: Workload, speeds: Speeds, setting: Setting, limit_s: float) -> Prediction | None:
+    """Do the same, but return None as soon as steps are known to take longer than a limit.
+
+    The first step waits for no update of one before. Where the others have the same plan, they are no shorter.
+    """
     run = _Run(workload, speeds, setting)
     steps: list[PlayedStep] = []
     resident: frozenset[int] = frozenset()
@@ -73,7 +84,10 @@ def simulate(workload: Workload, speeds: Speeds, setting: Setting) -> Prediction
         steps.append(run.step(plan))
         if length and (run.ends_at_rest or (len(steps) > 2 * length and are_repeated(steps, length))):
             break
-        resident = run.left_over(plan)
+        left = run.left_over(plan)
+        if index == 0 and left == resident and steps[0].seconds > limit_s:
+            return None
+        resident = left
     return mean_of(steps[-length:], host_use(workload, setting))
 
 
@@ -283,24 +297,24 @@ class _Run:
         while self.gradients and self.gradient_bytes + unit.gradient_bytes > self.limit_bytes:
             self._wait(self.gradients[0][0], index)
             self._let_go_of_gradients()
-        others = self._note_backward_peak(index, took - own, own)
+        beside, gradients = self._note_backward_peak(index, took - own, own)
         is_late, start_s = self.offloads.is_late(index, self.now), self.now
         self._compute(unit.backward_s)
         if is_late:
             unfreed = unfreed_backward_peak_bytes(unit, self.offloads.late_share(index, start_s, self.now))
-            self._note_peak(others.activations + max(took, unfreed) - own, others.gradients, Op.BACKWARD, index)
+            self._note_peak(beside + max(took, unfreed) - own, gradients, Op.BACKWARD, index)
         self.held_bytes -= self.saved_bytes[index]
         self.offloads.note_used(index)
         self.to_flush = index if self._is_trained(index) else -1
 
-    def _note_backward_peak(self, index: int, took: int, own: int) -> PeakBytes:
-        """Note what a backward takes; return what others hold beside it, and all gradients."""
+    def _note_backward_peak(self, index: int, took: int, own: int) -> tuple[int, int]:
+        """Note what a backward takes; return what batches that are late hold beside it, and all gradients."""
         while self.gradients and self.link.is_over(self.gradients[0][0], self.now):
             self._let_go_of_gradients()
         late = self.offloads.late_bytes(self.now)
         gradients = min(self.gradient_bytes + own, self.limit_bytes)  # what comes first may come, the rest waits
         self._note_peak(late + took, gradients, Op.BACKWARD, index)
-        return PeakBytes(gradients=gradients, activations=late)
+        return late, gradients
 
     def _let_go_of_gradients(self) -> None:
         self.gradient_bytes -= self.gradients.popleft()[1]

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from lightning_superpipe.errors import PlanError
@@ -176,7 +177,7 @@ class Workload:
     ring: int = 3
     batch_bytes: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of one slot: the largest unit's."""
         return max((unit.weight_bytes for unit in self.units), default=0)

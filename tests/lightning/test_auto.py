@@ -198,6 +198,7 @@ def test_where_nothing_fits_the_run_goes_on_and_says_so(plain: Result, monkeypat
     with pytest.warns(SuperpipeWarning, match="no plan was found, the run goes on with k=3: nothing fits"):
         result, report, _ = run()
     assert is_equal(result, plain) and report.k == 3
+    assert "no plan was found, the run goes on with k=3: nothing fits." in " ".join(str(report).split())
 
 
 def test_without_room_for_the_chosen_slots_the_run_goes_on(

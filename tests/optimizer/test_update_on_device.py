@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -164,6 +167,34 @@ def test_auto_waits_for_an_update_where_gradients_accumulate(accumulate: int, mo
     assert [unit.update_s > 0 for unit in asked[0].units] == [True] * 4
     assert 1 / (accumulate + 4) <= asked[0].updates <= 0.5
     assert candidate.report is not None and candidate.report.num_on_device == 2
+
+
+@pytest.mark.emu
+def test_auto_updates_on_the_device_where_the_host_is_slow_and_says_so(
+    emu: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    modules = [importlib.import_module(f"torch.optim.{name}") for name in ("adam", "adamw")]
+    adam = modules[0].adam
+
+    def slowly(parameters: Any, *arguments: Any, **options: Any) -> Any:
+        if parameters and parameters[0].device.type == "cpu":
+            time.sleep(0.02)
+        return adam(parameters, *arguments, **options)
+
+    for module in modules:
+        monkeypatch.setattr(module, "adam", slowly, raising=False)
+    net = chain(6, width=64)
+    optimizer = torch.optim.AdamW(net.parameters(), foreach=False)
+    with caplog.at_level("INFO"), attach(net, optimizer, device=emu, k=2, update_on_device="auto") as pipe:
+        for x in batches(12, width=64):
+            optimizer.zero_grad()
+            net(x.to(emu)).pow(2).mean().backward()
+            optimizer.step()
+        slow = pipe.report()
+    assert slow.num_on_device > 0
+    said = r"update_on_device=[\d.]+: the first \d+% of the units .* predicted: [\d.]+ ms a step, [\d.]+ with all"
+    assert re.search(said, slow.plan) and re.search(said, " ".join(str(slow).split()))
+    assert any(re.search(said, record.getMessage()) for record in caplog.records)
 
 
 def test_a_choice_of_the_window_keeps_the_share() -> None:

@@ -192,15 +192,38 @@ def test_units_get_only_policies_that_they_allow():
 
 
 def test_a_batch_is_split_only_where_that_was_allowed_and_needed():
-    workload = replace(model(12), turn_bytes=0)
+    workload = replace(model(12), turn_bytes=0, samples=6)
     whole_batch = Setting(k=1, activations=("recompute",) * 12)
     tight = Limits(device_bytes=needed_bytes(workload, whole_batch).total - 1)
     with pytest.raises(BudgetError, match="micro_batches"):
         choose(workload, link(25), tight)
-    setting = choose(workload, link(25), tight, Asked(micro_batches=4)).setting
+    setting = choose(workload, link(25), tight, Asked(micro_batches=None)).setting
     assert setting.micro_batches in (2, 4)
     assert "recompute" in setting.activations
-    assert choose(workload, link(25), Limits(device_bytes=8 << 30), Asked(micro_batches=4)).setting.micro_batches == 1
+    for allowed in (tight, Limits(device_bytes=3 << 30), Limits(device_bytes=8 << 30)):
+        asked = choose(workload, link(25), allowed, Asked(micro_batches=4))
+        assert asked.setting.micro_batches == 4, "as asked for"
+    assert (
+        choose(workload, link(25), Limits(device_bytes=8 << 30), Asked(micro_batches=None)).setting.micro_batches == 1
+    )
+
+
+def test_a_batch_is_not_split_where_that_gains_little_or_for_units_that_couple_samples():
+    workload = replace(model(12), turn_bytes=0, samples=64)
+    for room in (800, 1000, 1500, 2500, 4000):
+        open_parts = choose(workload, link(25), Limits(room * MIB), Asked(micro_batches=None))
+        if open_parts.setting.micro_batches == 1:
+            continue
+        try:
+            whole = choose(workload, link(25), Limits(room * MIB))
+        except BudgetError:
+            continue
+        assert open_parts.prediction.step_s < 0.96 * whole.prediction.step_s
+    coupled = replace(workload, units=tuple(replace(unit, splits=False) for unit in workload.units))
+    for room in (1000, 2500):
+        assert choose(coupled, link(25), Limits(room * MIB), Asked(micro_batches=None)).setting.micro_batches == 1
+    lone = replace(workload, samples=1)
+    assert choose(lone, link(25), Limits(1000 * MIB), Asked(micro_batches=None)).setting.micro_batches == 1
 
 
 def test_host_memory_forbids_to_offload_and_refuses_what_it_cannot_hold():

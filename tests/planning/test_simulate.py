@@ -20,6 +20,7 @@ from lightning_superpipe.planning import (
 )
 from lightning_superpipe.planning.bounds import StepBounds
 from lightning_superpipe.planning.need import device_need
+from lightning_superpipe.planning.simulate import simulate_within
 from lightning_superpipe.planning.update_share import choose_share
 
 from .reference import small_shapes
@@ -206,6 +207,16 @@ def test_a_slow_simulator_agrees(problem):
 
 
 @thorough
+@given(problems(), st.floats(0.3, 1.2), st.booleans())
+def test_a_step_is_given_up_only_if_it_takes_longer_than_the_limit(problem, share, is_undisturbed):
+    workload, setting = problem
+    workload = replace(workload, undisturbed=is_undisturbed)
+    speeds = machine(2.0, 1.0, both=machine(0.75).h2d)
+    whole = simulate(workload, speeds, setting)
+    found = simulate_within(workload, speeds, setting, share * whole.step_s)
+    assert found == whole or (found is None and share <= 1 + 1e-9)
+
+
 @given(problems(), st.booleans())
 def test_no_step_is_faster_than_its_bounds(problem, is_duplex):
     workload, setting = problem
