@@ -44,7 +44,7 @@ def host_need(
     """
     with_masters = config.master_weights is not None
     present = [parameter for parameter in root.parameters() if not nn.parameter.is_lazy(parameter)]
-    weights = sum(tensor.nbytes for tensor in (*present, *root.buffers()))
+    weights = sum(map(_dense_bytes, (*present, *root.buffers())))
     staging = NUM_BUFFERS * device_need.slot_bytes + device_need.gradient_bytes if wire.dtype is not None else 0
     if not device_need.trains:
         return HostNeed(weights, staging, held=weights)
@@ -175,7 +175,7 @@ def held_bytes(root: nn.Module, optimizers: Iterable[Optimizer], tier: Tier, *, 
 def training_bytes(root: nn.Module, optimizers: Iterable[Optimizer], *, has_gradients: bool) -> tuple[int, int, int]:
     """Return the bytes of a whole model's weights, gradients and optimizer states, as an ordinary run holds them."""
     parameters = [parameter for parameter in root.parameters() if not nn.parameter.is_lazy(parameter)]
-    weights = sum(tensor.nbytes for tensor in (*parameters, *root.buffers()))
+    weights = sum(map(_dense_bytes, (*parameters, *root.buffers())))
     gradients = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad) if has_gradients else 0
     return weights, gradients, sum(tensor.nbytes for tensor in _state_tensors(optimizers))
 
@@ -184,6 +184,11 @@ def _with_strays(tier: Tier, tensors: Sequence[Tensor]) -> int:
     with torch._C.DisableTorchFunctionSubclass():  # addresses need not wait for updates under way
         strays = [each for each in tensors if each.layout is torch.strided and not tier.holds(each)]
     return tier.memory_bytes + storage_bytes([each for each in strays if not is_mapped(each)])
+
+
+def _dense_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor; those of a sparse one, which does not stream, count nothing."""
+    return tensor.nbytes if tensor.layout is torch.strided else 0
 
 
 def _state_tensors(optimizers: Iterable[Optimizer]) -> list[Tensor]:

@@ -29,6 +29,9 @@ class Catalog:
     """Finds the role of a tensor by identity.
 
     A streamed parameter that is an operand outside its unit becomes an anchor (:meth:`promote`).
+
+    Attributes:
+        split: optimizers that leave the units' part of their steps to others.
     """
 
     def __init__(self, root: nn.Module, anchors: Anchors) -> None:
@@ -40,6 +43,7 @@ class Catalog:
         self._by_address: dict[int, Tensor] | None = None
         self._stale_units: dict[int, Unit] = {}
         self._promotions: list[Promotion] = []
+        self.split: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     def add(self, unit: Unit) -> None:
         """Enter a unit's host parameters, after each of its scans."""
@@ -72,6 +76,11 @@ class Catalog:
         parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
         found = (self._hosts.get(id(p)) for p in parameters if p.requires_grad or p.grad is not None)
         return list({one[0].index: one[0] for one in found if one is not None}.values())
+
+    def stepped_by(self, optimizer: Optimizer, unit: Unit) -> list[int]:
+        """Which of a unit's parameters an optimizer was given, and had gradients for."""
+        given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [i for i, each in enumerate(unit.parameters) if id(each) in given and each.grad is not None]
 
     def host_of(self, tensor: object) -> nn.Parameter | None:
         """The host parameter of a twin, be it a unit's or an anchor's; None for any other tensor."""

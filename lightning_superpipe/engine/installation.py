@@ -144,6 +144,8 @@ def _hook_optimizers(engine: Engine) -> list[Any]:
             written = engine.catalog.written_by(optimizer)
             for unit in engine.units if written is None else written:
                 unit.epoch += 1
+                if optimizer not in engine.catalog.split:  # it has written to the weights itself
+                    unit.note_written(engine.catalog.stepped_by(optimizer, unit))
             engine.anchors.epoch += 1
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]

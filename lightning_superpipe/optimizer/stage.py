@@ -118,6 +118,7 @@ class UpdateStage:
             if not is_separable(optimizer):
                 self._note_whole(type(optimizer).__name__)
             elif optimizer not in self._hooks:
+                self._engine.catalog.split.add(optimizer)
                 self._hooks[optimizer] = [
                     optimizer.register_step_post_hook(self._after_step),
                     optimizer.register_step_pre_hook(self._before_step),
@@ -232,8 +233,7 @@ class UpdateStage:
             self._stored.finish()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if (groups := self._set_aside.pop(optimizer, None)) is not None:
-            optimizer.param_groups = groups
+        optimizer.param_groups = self._set_aside.pop(optimizer, optimizer.param_groups)
 
     def _may_start(self, part: Part) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""

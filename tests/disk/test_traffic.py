@@ -144,6 +144,24 @@ def test_step_moves_what_the_plan_says() -> None:
     assert "written to disk" in str(report)
 
 
+class Whole(torch.optim.SGD):
+    """A class of the user's: nobody knows whether it can be split."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_weights_that_an_optimizer_writes_itself_are_counted() -> None:
+    model, _ = make()
+    optimizer = Whole(model.parameters(), lr=1e-2)
+    with attach(model, optimizer, device="cpu", k=2, store="disk") as pipe:
+        step(model, optimizer, 0)
+        before = pipe.report().total.disk_written_bytes
+        step(model, optimizer, 1)
+        written = pipe.report().total.disk_written_bytes - before
+    assert written == sum(parameter.nbytes for block in model.blocks for parameter in block.parameters())
+
+
 def test_inference_writes_nothing_after_weights_have_moved() -> None:
     model, _ = make()
     with attach(model, device="cpu", k=2, store="disk") as pipe, torch.no_grad():

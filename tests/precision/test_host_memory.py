@@ -190,3 +190,11 @@ def test_the_tightest_control_group_counts(tmp_path: Path, monkeypatch: pytest.M
     assert available_bytes() == 4600
     monkeypatch.setattr(host_bytes, "_CGROUPS", tmp_path / "none")
     assert available_bytes() > 1 << 20
+
+
+def test_sparse_buffer_is_no_obstacle() -> None:
+    module = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    module.register_buffer("graph", torch.eye(3).to_sparse())
+    with attach(module, device="cpu", k=1) as pipe:
+        module(torch.ones(2, 4)).sum().backward()
+        assert pipe.report().host.weights > 0
