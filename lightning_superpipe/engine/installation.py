@@ -134,17 +134,22 @@ class Installation:
 def _hook_optimizers(engine: Engine) -> list[Any]:
     """Any optimizer's step may write host parameters: nothing reads them meanwhile, and what was loaded is stale."""
     engine_ref = weakref.ref(engine)
+    counted: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
-    def before(*_: Any) -> None:
+    def before(optimizer: Optimizer, *_: Any) -> None:
+        counted.discard(optimizer)
         if (engine := engine_ref()) is not None:
             engine.fence_host_reads()
 
     def after(optimizer: Optimizer, *_: Any) -> None:
         if (engine := engine_ref()) is not None:
             written = engine.catalog.written_by(optimizer)
+            # It has written to the weights itself; a step that calls that of its base class comes here twice.
+            is_whole = optimizer not in engine.catalog.split and optimizer not in counted
+            counted.add(optimizer)
             for unit in engine.units if written is None else written:
                 unit.epoch += 1
-                if optimizer not in engine.catalog.split:  # it has written to the weights itself
+                if is_whole:
                     unit.note_written(engine.catalog.stepped_by(optimizer, unit))
             engine.anchors.epoch += 1
 
