@@ -249,8 +249,8 @@ def _way_out(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) -
         freest = Asked(micro_batches=parts, update=asked.update, update_on_device=asked.update_on_device)
         if (found := _search(workload, speeds, limits, freest).any_fitting()) is not None:
             return f"What you set as {', '.join(free)} forbids what would fit, such as {_knobs(found)}."
-    split = "" if asked.micro_batches is None else ", or let the batch be split (micro_batches)"
-    return f"Allow more, take a smaller batch, mark smaller units{split}."
+    split = "or" if asked.micro_batches is None else "let the batch be split (micro_batches), or"
+    return f"Allow more, take a smaller batch, {split} mark smaller units."
 
 
 def _knobs(setting: Setting) -> str:

@@ -56,7 +56,7 @@ def test_metrics_hold_every_number_under_the_prefix_as_floats() -> None:
     assert metrics["superpipe/num_loads"] == 19_200
     assert metrics["superpipe/last_step_num_loads"] == 48
     assert metrics["superpipe/last_step_stall_seconds"] == 0.0213
-    numbers = 12 + 4 + 4 + 7 + 7  # own, peak by kind, host by kind, total, last step
+    numbers = 13 + 4 + 4 + 7 + 7  # own, peak by kind, host by kind, total, last step
     assert len(metrics) == numbers
     assert set(REPORT.as_metrics(prefix="")) == {name.removeprefix("superpipe/") for name in metrics}
 
