@@ -77,11 +77,6 @@ class Catalog:
         found = (self._hosts.get(id(p)) for p in parameters if p.requires_grad or p.grad is not None)
         return list({one[0].index: one[0] for one in found if one is not None}.values())
 
-    def stepped_by(self, optimizer: Optimizer, unit: Unit) -> list[int]:
-        """Which of a unit's parameters an optimizer was given, and had gradients for."""
-        given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return [i for i, each in enumerate(unit.parameters) if id(each) in given and each.grad is not None]
-
     def host_of(self, tensor: object) -> nn.Parameter | None:
         """The host parameter of a twin, be it a unit's or an anchor's; None for any other tensor."""
         found = self.unit_of_twin(tensor)

@@ -131,6 +131,12 @@ class Installation:
         self._outer.clear()
 
 
+def _stepped(optimizer: Optimizer) -> set[int]:
+    """Ids of the parameters that an optimizer had gradients for."""
+    given = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {id(parameter) for parameter in given if parameter.grad is not None}
+
+
 def _hook_optimizers(engine: Engine) -> list[Any]:
     """Any optimizer's step may write host parameters: nothing reads them meanwhile, and what was loaded is stale."""
     engine_ref = weakref.ref(engine)
@@ -147,10 +153,11 @@ def _hook_optimizers(engine: Engine) -> list[Any]:
             # It has written to the weights itself; a step that calls that of its base class comes here twice.
             is_whole = optimizer not in engine.catalog.split and optimizer not in counted
             counted.add(optimizer)
+            stepped = _stepped(optimizer) if is_whole else set()
             for unit in engine.units if written is None else written:
                 unit.epoch += 1
                 if is_whole:
-                    unit.note_written(engine.catalog.stepped_by(optimizer, unit))
+                    unit.note_written(index for index, each in enumerate(unit.parameters) if id(each) in stepped)
             engine.anchors.epoch += 1
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]

@@ -81,12 +81,7 @@ def parameters_of(optimizer: Optimizer) -> list[Any]:
 
 def members(optimizer: Optimizer) -> list[Member]:
     """Return the parameters that a step would change now."""
-    return [
-        Member(index, parameter)
-        for index, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-        if parameter.grad is not None
-    ]
+    return [member for member in _everything(optimizer) if member.parameter.grad is not None]
 
 
 def keeps_state(optimizer: Optimizer, member: Member) -> bool:
@@ -128,12 +123,13 @@ def _is_same(value: Any, other: Any) -> bool:
 
 def trained(optimizer: Optimizer) -> list[Member]:
     """Return the parameters that a step behind the next backward pass is expected to change."""
-    return [
-        Member(index, parameter)
-        for index, group in enumerate(optimizer.param_groups)
-        for parameter in group["params"]
-        if parameter.requires_grad or parameter.grad is not None
-    ]
+    everything = _everything(optimizer)
+    return [each for each in everything if each.parameter.requires_grad or each.parameter.grad is not None]
+
+
+def _everything(optimizer: Optimizer) -> list[Member]:
+    groups = enumerate(optimizer.param_groups)
+    return [Member(index, parameter) for index, group in groups for parameter in group["params"]]
 
 
 def run_for(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequence[Member]) -> None:

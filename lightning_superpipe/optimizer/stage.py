@@ -233,7 +233,8 @@ class UpdateStage:
             self._stored.finish()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        optimizer.param_groups = self._set_aside.pop(optimizer, optimizer.param_groups)
+        if (groups := self._set_aside.pop(optimizer, None)) is not None:
+            optimizer.param_groups = groups
 
     def _may_start(self, part: Part) -> bool:
         """Whether a part can run in the thread, with everybody who looks at its tensors waiting for it."""
