@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,10 @@ from lightning_superpipe import SuperpipeAccelerator, attach, enable
 from lightning_superpipe.errors import ConfigError, SuperpipeError, UnsupportedError
 
 WIDTH = 8
-pytestmark = pytest.mark.filterwarnings("ignore::lightning_superpipe.errors.SuperpipeWarning")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_superpipe.errors.SuperpipeWarning"),
+    pytest.mark.usefixtures("fresh_accelerate"),
+]
 
 
 def network() -> nn.Sequential:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,14 +21,7 @@ from lightning_superpipe.optimizer import UpdateStage
 WIDTH, NUM_UNITS, NUM_STEPS = 8, 4, 4
 OPTIONS: list[dict[str, Any]] = [{"adversary": Adversary(max_delay_ms=0.2)}, {"store": "disk"}]
 Scope = Callable[[Any], AbstractContextManager[None]]
-pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture
