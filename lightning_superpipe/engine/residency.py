@@ -165,10 +165,7 @@ class Residency:
             self.fetches.release(unit, fetched, unit.arrival if staged is None else staged.ready)
         if staged is not None:
             staged.hold_until(unit.arrival)
-        unit.stamp = unit.current_stamp()
-        unit.versions = unit.twin_versions()
-        if pending is None:
-            unit.host_versions = [host._version for host in unit.parameters]
+        unit.note_loaded()
         self.num_loads += 1
 
     def look_ahead(self) -> None:

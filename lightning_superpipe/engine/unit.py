@@ -66,6 +66,7 @@ class Unit:
         self.pending: Pending | None = None
         self.in_slot: Pending | None = None
         self._fetched_stamp: tuple[object, ...] | Pending | None = None
+        self._copied_behind: Pending | None = None
         self._slab: Slab | None = None
         self._stays: set[int] = set()
         self.is_mostly_trained = True
@@ -220,6 +221,17 @@ class Unit:
         """Whether nothing has changed since :meth:`note_fetched`."""
         return self._fetched_stamp == self.current_stamp()
 
+    def note_loaded(self) -> None:
+        """The host bytes are on their way into the slot, behind the update under way."""
+        self.stamp = self.current_stamp()
+        self.versions = self.twin_versions()
+        self._copied_behind = self.pending
+        if self.pending is None:
+            self._note_host_versions()
+
+    def _note_host_versions(self) -> None:
+        self.host_versions = [host._version for host in self.parameters]
+
     def note_written(self, indices: Iterable[int]) -> None:
         """Host bytes of these parameters have been written to: what was read of them before is stale."""
         self._fetched_stamp = None
@@ -240,7 +252,7 @@ class Unit:
 
     def update_in_slot(self, pending: Pending, arrival: Event) -> None:
         """Let an update change the slot as well, so that nothing has to be loaded afterwards."""
-        self.in_slot = self.stamp = pending
+        self.in_slot = self.stamp = self._copied_behind = pending
         self.arrival = arrival
 
     def settle(self) -> None:
@@ -261,7 +273,9 @@ class Unit:
                 self._fetched_stamp = self.current_stamp()
             if self.stamp is pending:
                 self.stamp = self.current_stamp()
-                self.host_versions = [host._version for host in self.parameters]
+            if self._copied_behind is pending:  # perhaps it has left its slot since
+                self._copied_behind = None
+                self._note_host_versions()
 
     # -- twins
 
