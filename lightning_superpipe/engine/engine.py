@@ -33,9 +33,9 @@ from lightning_superpipe.engine.layout import trained_bytes_of
 from lightning_superpipe.engine.offload import Offload
 from lightning_superpipe.engine.outside import Outside
 from lightning_superpipe.engine.residency import Residency, Staging
-from lightning_superpipe.engine.slots import SlotPool
 from lightning_superpipe.engine.staging import WireStaging
 from lightning_superpipe.engine.tokens import SavedTensors
+from lightning_superpipe.engine.traded_slots import make_slots
 from lightning_superpipe.engine.twins import make_twin
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.engine.watch import EvalWatch, TrainWatch
@@ -106,12 +106,12 @@ class Engine:
         ]
         slot_bytes = max(unit.num_bytes for unit in self.units)
         num_slots = window.k + window.num_resident
-        self.slots = SlotPool(self.device, num_slots, slot_bytes, poison=window.poison, seed=window.slot_seed)
+        wires, weights = tier.part("wire", pin=pin), tier.part("weights")
+        self.slots = make_slots(lanes, tier, num_slots, slot_bytes, poison=window.poison, seed=window.slot_seed)
         self.casts = Casts(self.device)
         self.note_dtypes()
         keep = spread(range(len(self.units)), window.num_resident)
         self.follower = Follower(len(self.units), num_slots, window.k_prime, keep)
-        wires, weights = tier.part("wire", pin=pin), tier.part("weights")
         fetches = None if weights.is_memory else FetchRing(wires, window.num_fetches, lanes)
         staging = Staging(WireStaging(wires), fetches)
         self.residency = Residency(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -128,6 +128,8 @@ class FetchRing:
         num_ahead: fetches that had begun before a slot was free.
         num_claimed: updates that found their weights in memory.
         awaited: units that will be updated as soon as their gradients are home.
+        on_wanted: called with a unit whose update begins, though nothing of it was kept; who has its bytes may
+            :meth:`keep` them.
     """
 
     def __init__(self, tier: Tier, num_buffers: int, lanes: Lanes) -> None:
@@ -141,6 +143,7 @@ class FetchRing:
         self._room_bytes = 0
         self.num_ahead = self.num_claimed = 0
         self.awaited: Container[int] = ()
+        self.on_wanted: Callable[[Unit], None] | None = None
 
     def note_sizes(self, units: Sequence[Unit]) -> None:
         """Units were installed: buffers are as large as the largest."""
@@ -211,18 +214,46 @@ class FetchRing:
             fetched.hold_until(copied)
             return
         with self._lock:
-            self._ring.num_buffers = self._num_buffers + self._num_kept
-            self._drop(unit.index)
-            if len(self._kept) + self._num_lent >= self._num_kept and self._kept:
-                self._drop(next(iter(self._kept)))  # the oldest: the next forward needs it last
-            if self._num_lent == self._num_kept:
+            if not self._may_keep(unit):
                 fetched.hold_until(copied)
                 return
-            fetched.buffer.free_after, fetched.buffer.holder = copied, unit
-            self._kept[unit.index] = Kept(fetched.buffer, slab, copied, unit.trust())
+            fetched.buffer.free_after = copied
+            self._keep(unit, fetched.buffer)
+
+    def room_for(self, unit: Unit) -> Buffer | None:
+        """A free buffer into which the weights of a unit may leave its slot, to be given to :meth:`keep`; None if all
+        are in use.
+        """
+        slab = unit.stored
+        with self._lock:
+            if slab is None or unit.index not in self.awaited or not self._may_keep(unit):
+                return None
+            buffer = self._ring.take(max(self._room_bytes, slab.room_bytes))
+        return buffer if buffer is not None and buffer.free_after.query() else None
+
+    def keep(self, unit: Unit, buffer: Buffer) -> None:
+        """A unit's weights lie in a buffer of :meth:`room_for` now."""
+        buffer.free_after = Past()
+        with self._lock:
+            self._keep(unit, buffer)
+
+    def _may_keep(self, unit: Unit) -> bool:
+        """Make room for one more unit, if need be in place of the oldest: the next forward needs that last."""
+        self._ring.num_buffers = self._num_buffers + self._num_kept
+        self._drop(unit.index)
+        if len(self._kept) + self._num_lent >= self._num_kept and self._kept:
+            self._drop(next(iter(self._kept)))
+        return self._num_lent < self._num_kept
+
+    def _keep(self, unit: Unit, buffer: Buffer) -> None:
+        assert unit.stored is not None, "only stored units have a use for it"
+        buffer.holder = unit
+        self._kept[unit.index] = Kept(buffer, unit.stored, buffer.free_after, unit.trust())
 
     def kept(self, unit: Unit) -> Kept | None:
         """What was kept of a unit whose update begins, if nothing has changed since."""
+        if unit.index not in self._kept and self.on_wanted is not None:
+            self.on_wanted(unit)
         with self._lock:
             found = self._kept.get(unit.index)
             if found is None or (found.slab is unit.stored and unit.pending is None and found.stamp == unit.trust()):

@@ -128,7 +128,7 @@ class GradientReturn:
         parameters = [shipment.parameter for shipment in batch]
         if self._hands_over:
             del batch  # who is told finds gradients that nobody else holds
-            self._lanes.hand_over(self.in_flight_bytes, label=label)
+            self._lanes.hand_over(Lane.D2H, self.in_flight_bytes, label=label)
             self._count(-self.in_flight_bytes)
             self._tell_handed_over(parameters)
             self._tell(label, parameters, Past())

@@ -53,7 +53,7 @@ class Lanes(ABC):
     """The copy lanes of one device. Calls never block, except :meth:`compute_waits` where compute runs on the host.
 
     Attributes:
-        shares_memory: device and host memory are one, with no link between them: what comes home is there already.
+        shares_memory: device and host memory are one, with no link between them: what moves may be there already.
     """
 
     shares_memory = False
@@ -88,19 +88,20 @@ class Lanes(ABC):
         work()
 
     def _count(self, lane: Lane, copies: Sequence[Copy]) -> None:
-        num_bytes = sum(copy.source.nbytes for copy in copies)
+        self._count_bytes(lane, sum(copy.source.nbytes for copy in copies))
+
+    def _count_bytes(self, lane: Lane, num_bytes: int) -> None:
         with self._counting:
             if lane is Lane.H2D:
                 self.h2d_bytes += num_bytes
             else:
                 self.d2h_bytes += num_bytes
 
-    def hand_over(self, num_bytes: int, *, label: Label) -> None:
-        """Count bytes that came home without a copy, because they share memory with the host."""
-        with self._counting:
-            self.d2h_bytes += num_bytes
+    def hand_over(self, lane: Lane, num_bytes: int, *, label: Label) -> None:
+        """Count bytes that went to the device or came home without a copy, because the two share memory."""
+        self._count_bytes(lane, num_bytes)
         if self.recorder is not None:
-            self.recorder.span(Lane.D2H, label.name, label.unit, now(), now(), num_bytes)
+            self.recorder.span(lane, label.name, label.unit, now(), now(), num_bytes)
 
     @abstractmethod
     def _queue(self, lane: Lane, copies: Sequence[Copy], after: Sequence[Event], label: Label) -> Event:

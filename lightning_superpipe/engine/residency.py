@@ -11,16 +11,19 @@ import torch
 from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.casting import write_home
 from lightning_superpipe.engine.casts import Casts
-from lightning_superpipe.engine.fetching import FetchRing
+from lightning_superpipe.engine.fetching import Fetched, FetchRing
 from lightning_superpipe.engine.follower import Follower
 from lightning_superpipe.engine.host_lane import Past
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.slots import Slot, SlotPool
 from lightning_superpipe.engine.staging import Staged, WireStaging
+from lightning_superpipe.engine.traded_slots import TradedSlots
 from lightning_superpipe.engine.twins import release_memory
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import TransferError
+from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.planning import Action, Op
+from lightning_superpipe.tiers import Slab
 
 __all__ = ["Residency", "Staging"]
 
@@ -62,6 +65,9 @@ class Residency:
         self._staging, self.fetches = staging.casts, staging.fetches
         self.units, self.slots, self.lanes, self.follower, self._unbind = units, slots, lanes, follower, unbind
         self._casts = casts
+        self._traded = slots if isinstance(slots, TradedSlots) else None
+        if self.fetches is not None and self._traded is not None:
+            self.fetches.on_wanted = self._let_weights_leave
         self.last_copy: Event | None = None
         self.num_loads = self.num_plan_misses = self.num_spills = self.num_copied_back = self.num_stashed = 0
         self._last_slot: dict[int, Slot] = {}
@@ -118,13 +124,15 @@ class Residency:
 
     def may_update_in_slot(self, unit: Unit) -> bool:
         """Whether a unit lies in its slot with up-to-date bytes, and stays there for the time being."""
+        return self._is_complete_in_slot(unit) and not self.follower.will_evict(unit.index)
+
+    def _is_complete_in_slot(self, unit: Unit) -> bool:
         return (
             unit.slot is not None
             and unit.arrival is None
             and not unit.num_active
             and not unit.has_own_storage
             and self.is_fresh(unit)
-            and not self.follower.will_evict(unit.index)
         )
 
     def _make_room(self, unit: Unit) -> None:
@@ -143,8 +151,9 @@ class Residency:
         pending, staged = unit.pending, None
         fences = [slot.free_after, None if pending is None else pending.changed]
         with raw_tensors():
-            self._move_twins(unit, slot)
             fetched = self.fetches.fetch(unit) if self.fetches is not None and unit.stored is not None else None
+            is_traded = fetched is not None and self._takes(unit, slot, fetched)
+            self._move_twins(unit, slot)
             host_bytes = None if fetched is None else fetched.bytes
             if fetched is not None:
                 fences.append(fetched.ready)
@@ -153,15 +162,19 @@ class Residency:
                 after = updated if fetched is None else fetched.ready
                 staged = self._staging.stage(unit, buffer_bytes=self.slots.slot_bytes, after=after, fetched=host_bytes)
                 fences.append(staged.ready)
-            copies = (
-                unit.copies_to(slot, host_bytes)
-                if staged is None
-                else [Copy(slot.buffer[: unit.num_bytes], staged.bytes)]
-            )
+            if is_traded:
+                copies = []
+            elif staged is None:
+                copies = unit.copies_to(slot, host_bytes)
+            else:
+                copies = [Copy(slot.buffer[: unit.num_bytes], staged.bytes)]
             copies += self._copies_to_stashed(unit, staged)
         passed = [event for event in fences if event is not None]
-        unit.arrival = self.last_copy = self.lanes.h2d(copies, after=passed, label=Label("P", unit.index, unit.name))
-        if fetched is not None and self.fetches is not None:
+        label = Label("P", unit.index, unit.name)
+        if is_traded:
+            self.lanes.hand_over(Lane.H2D, unit.num_bytes, label=label)
+        unit.arrival = self.last_copy = self.lanes.h2d(copies, after=passed, label=label)
+        if fetched is not None and self.fetches is not None and not is_traded:
             self.fetches.release(unit, fetched, unit.arrival if staged is None else staged.ready)
         if staged is not None:
             staged.hold_until(unit.arrival)
@@ -190,15 +203,47 @@ class Residency:
         ]
 
     def _move_twins(self, unit: Unit, slot: Slot) -> None:
-        if (previous := self._last_slot.get(unit.index)) is not None:
+        if (previous := self._last_slot.pop(unit.index, None)) is not None:
             previous.num_twins -= unit.num_slot_twins()
         unit.reclaim_twins()
+        self._point_at(unit, slot)
+
+    def _point_at(self, unit: Unit, slot: Slot) -> None:
+        if (previous := self._last_slot.get(unit.index)) is not None:
+            previous.num_twins -= unit.num_slot_twins()
         unit.point_twins_at(slot)
         slot.num_twins += unit.num_slot_twins()
         self._last_slot[unit.index] = slot
 
-    def evict(self, unit: Unit) -> None:
-        """Give a unit's slot back. Nothing is copied, unless a forward has changed weights on the device."""
+    def _takes(self, unit: Unit, slot: Slot, fetched: Fetched) -> bool:
+        """Let the buffer that a unit is read into become its slot's memory, if that is possible."""
+        is_whole = not unit.is_cast and not unit.strays()
+        if self._traded is None or not is_whole or not self._traded.trade(slot, fetched.buffer.slab):
+            return False
+        fetched.hold_until(Past())  # the slot's memory was free
+        return True
+
+    def _let_weights_leave(self, unit: Unit) -> None:
+        """A unit's update begins, and backward needs it no more: its weights leave the slot for that, uncopied."""
+        slot = unit.slot
+        if slot is None or self.fetches is None or self._traded is None or not self._is_complete_in_slot(unit):
+            return
+        self._unbind(unit)  # modules hold twins as well
+        is_held = slot.has_escaped or unit.twin_versions() != unit.versions or bool(unit.stashed_twins())
+        if is_held or unit.pending is not None or unit.is_cast or unit.strays():
+            return
+        if (buffer := self.fetches.room_for(unit)) is not None and self.evict(unit, into=buffer.slab):
+            self.fetches.keep(unit, buffer)
+
+    def evict(self, unit: Unit, *, into: Slab | None = None) -> bool:
+        """Give a unit's slot back. Nothing is copied, unless a forward has changed weights on the device.
+
+        Args:
+            into: gets the slot's memory and what is in it, for its own.
+
+        Returns:
+            Whether it has got them.
+        """
         slot = unit.slot
         assert slot is not None, f"unit {unit.name!r} is evicted but has no slot"
         if unit.in_slot is not None and unit.arrival is not None:
@@ -212,8 +257,19 @@ class Residency:
         with raw_tensors():
             if has_been_used and slot.has_escaped:
                 self._leave_storage(slot)
+            if self._traded is not None:
+                self._park(unit, self._traded)
+            is_traded = into is not None and self._traded is not None and self._traded.trade(slot, into)
             self.slots.give_back(slot, self.lanes.compute_event)
         unit.slot = unit.arrival = unit.stamp = unit.in_slot = None
+        return is_traded
+
+    def _park(self, unit: Unit, traded: TradedSlots) -> None:
+        """A unit leaves memory that others will get: none of its twins stays, and nothing is still read into it."""
+        if unit.arrival is not None:
+            with contextlib.suppress(Exception):  # nobody waits for it any more
+                unit.arrival.synchronize()
+        self._point_at(unit, traded.parking)
 
     def _leave_storage(self, slot: Slot) -> None:
         """A view of the slot is still alive somewhere: its holder keeps the memory, the slot gets another."""

@@ -130,11 +130,14 @@ class SlotPool:
 
     def abandon_storage(self, slot: Slot) -> None:
         """Leave the buffer to whoever still holds views of it, and give the slot a new one."""
-        buffer = self._allocate()  # first: if the device has no room, the slot must still be whole
-        del self._by_address[slot.address]
+        self._put(slot, self._allocate())
+        self.num_escapes += 1
+
+    def _put(self, slot: Slot, buffer: Tensor) -> None:
+        """Give a slot other memory, which has been allocated before: where there is none, the slot must stay whole."""
+        self._by_address.pop(slot.address, None)
         slot._replace(buffer)
         self._by_address[slot.address] = slot
-        self.num_escapes += 1
 
     def extend(self, count: int, *, free_after: Event) -> None:
         """Add slots.

@@ -31,6 +31,13 @@ class Slab(ABC):
         """So many bytes have been written to tensors carved from the slab, for those who count."""
         return
 
+    def trade(self, other: Slab) -> bool:
+        """Exchange memory with another slab, and with it the bytes; return whether that is possible.
+
+        What was carved from either keeps the memory that it has.
+        """
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Give back what the device knows of this memory (page locks). Tensors carved from it stay valid."""

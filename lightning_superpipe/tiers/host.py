@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,16 +22,18 @@ class HostSlab(Slab):
 
     A direct request to a disk looks up each page of its memory: with large pages it takes a quarter of the processor's
     time, and is two to three times as fast (experiments/07_disk).
+
+    Args:
+        on_close: called once it is closed.
     """
 
-    def __init__(self, num_bytes: int, *, pin: bool) -> None:
-        self.num_bytes = num_bytes
+    def __init__(self, num_bytes: int, *, pin: bool, on_close: Callable[[HostSlab], None] | None = None) -> None:
+        self.num_bytes, self._on_close = num_bytes, on_close
         # Private, not the default shared mapping: forked data loader workers must not see later updates.
         self._pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(AttributeError, OSError):  # other systems; kernels without
             self._pages.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._pages, dtype=torch.uint8)[:num_bytes]
-        self.is_open = True
         self.pinned = pin and num_bytes > 0 and _page_lock(self._bytes)
 
     @property
@@ -44,11 +47,19 @@ class HostSlab(Slab):
         # `.data`, for a view would keep `flat` alive: one more owner of the storage, for ever.
         return flat.as_strided(like.size(), like.stride()).data
 
+    def trade(self, other: Slab) -> bool:
+        if not isinstance(other, HostSlab) or other.num_bytes != self.num_bytes or other.pinned is not self.pinned:
+            return False
+        self._pages, other._pages = other._pages, self._pages
+        self._bytes, other._bytes = other._bytes, self._bytes
+        return True
+
     def close(self) -> None:
-        self.is_open = False
         if self.pinned:
             _driver().cudaHostUnregister(self._bytes.data_ptr())
             self.pinned = False
+        if self._on_close is not None:
+            self._on_close(self)
 
 
 class HostTier(Tier):
@@ -60,7 +71,7 @@ class HostTier(Tier):
 
     def __init__(self, *, pin: bool) -> None:
         self._pin = pin
-        self._slabs: list[HostSlab] = []
+        self._slabs: dict[int, HostSlab] = {}  # open ones; closed by any thread
         self._parts: dict[str, HostTier] = {}
 
     def part(self, kind: str, *, pin: bool | None = None) -> HostTier:
@@ -70,19 +81,19 @@ class HostTier(Tier):
 
     @property
     def allocated_bytes(self) -> int:
-        own = sum(slab.num_bytes for slab in self._slabs if slab.is_open)
+        own = sum(slab.num_bytes for slab in list(self._slabs.values()))
         return own + sum(part.allocated_bytes for part in self._parts.values())
 
     def holds(self, tensor: Tensor) -> bool:
         address = tensor.data_ptr()
-        starts = ((slab.bytes.data_ptr(), slab.num_bytes) for slab in self._slabs)
+        starts = ((slab.bytes.data_ptr(), slab.num_bytes) for slab in list(self._slabs.values()))
         return any(0 <= address - start < size for start, size in starts) or any(
             part.holds(tensor) for part in self._parts.values()
         )
 
     def allocate(self, num_bytes: int) -> HostSlab:
         try:
-            slab = HostSlab(num_bytes, pin=self._pin)
+            slab = HostSlab(num_bytes, pin=self._pin, on_close=self._forget)
         except OSError as error:
             raise BudgetError(
                 f"the host has no room for {num_bytes} more bytes ({self.allocated_bytes} are in use by the store): "
@@ -96,13 +107,16 @@ class HostTier(Tier):
                 SuperpipeWarning,
                 stacklevel=2,
             )
-        self._slabs = [*(other for other in self._slabs if other.is_open), slab]
+        self._slabs[id(slab)] = slab
         return slab
 
+    def _forget(self, slab: HostSlab) -> None:
+        """Only who holds a closed slab, or what was carved from it, keeps the memory."""
+        self._slabs.pop(id(slab), None)
+
     def close(self) -> None:
-        for slab in self._slabs:
+        for slab in list(self._slabs.values()):
             slab.close()
-        self._slabs.clear()
         for part in self._parts.values():
             part.close()
 
