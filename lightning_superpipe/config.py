@@ -76,8 +76,8 @@ class Disk:
             ``"auto"``: 3, or 2 where ``host_memory`` holds no more. Beyond them it holds whole units.
         requests: reads or writes of one unit under way at once.
         undo: write each update beside the bytes of the step before, so that a step whose read or write fails is undone
-            as a whole; files are twice as large, no byte more is written. Weights or states that are in host memory are
-            copied there until the step is finished. False overwrites all in place.
+            as a whole; files of what is trained are twice as large, no byte more is written. Weights or states that are
+            in host memory are copied there until the step is finished. False overwrites all in place.
         endurance_tb: bytes that may be written in the drive's life (its TBW), in 10^12; None if not known.
     """
 

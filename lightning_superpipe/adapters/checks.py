@@ -62,7 +62,12 @@ def remarks(session: Session) -> Iterator[str]:
     """Yield what users could not see otherwise: that streaming is only emulated, or that it cannot pay."""
     units = session.units
     slots, total = session.k * units.largest.num_bytes, units.streamed_bytes + units.anchor_bytes
-    if session.is_emulated:
+    if session.is_emulated and session.config.is_on_disk("weights") and session.config.link is None:
+        yield (
+            f"there is no accelerator: {session.k} units at a time are in memory ({_size(slots)}, beside buffers on "
+            f"the way from and to files), {_size(units.streamed_bytes)} of weights in files"
+        )
+    elif session.is_emulated:
         yield (
             f"there is no accelerator, so streaming is emulated: {session.k} units at a time are copied to slots in "
             f"host memory ({_size(slots)}), beside the model itself ({_size(total)})"

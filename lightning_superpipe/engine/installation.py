@@ -43,7 +43,10 @@ class Installation:
         self._tier, self._in_memory = tier, in_memory
         weights = tier.part("weights")
         homes = [home_in(weights, unit.parameters) for unit in engine.units if unit.index not in in_memory]
-        weights.reserve(home.num_bytes for home in homes if home.num_bytes is not None)
+        sizes = [(home.num_bytes, home.changes) for home in homes if home.num_bytes is not None]
+        weights.reserve(
+            (size for size, changes in sizes if changes), unchanging=(size for size, changes in sizes if not changes)
+        )
         try:
             for unit in engine.units:
                 self._install(unit)

@@ -22,11 +22,13 @@ class Home(NamedTuple):
         stays: indices of the parameters that stay where they are.
         is_mostly_trained: more than half of its bytes are.
         num_bytes: of its slab; None where it needs none.
+        changes: steps will write to the slab.
     """
 
     stays: set[int]
     is_mostly_trained: bool
     num_bytes: int | None
+    changes: bool
 
 
 def home_in(tier: Tier, parameters: Sequence[nn.Parameter]) -> Home:
@@ -41,7 +43,8 @@ def home_in(tier: Tier, parameters: Sequence[nn.Parameter]) -> Home:
     if not tier.is_memory and not is_mostly_trained:
         stays |= trained
     is_needed = not parameters or len(stays) < len(parameters)
-    return Home(stays, is_mostly_trained, lay_out(parameters)[1] if is_needed else None)
+    num_bytes = lay_out(parameters)[1] if is_needed else None
+    return Home(stays, is_mostly_trained, num_bytes, changes=bool(trained - stays))
 
 
 def lay_out(parameters: Sequence[nn.Parameter], wire: Wire | None = None) -> tuple[list[int], int]:

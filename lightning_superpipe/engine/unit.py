@@ -121,8 +121,8 @@ class Unit:
 
     def reserve(self, tier: Tier) -> None:
         """Take memory for the host bytes, so that a unit travels as one copy."""
-        self._stays, self.is_mostly_trained, num_bytes = home_in(tier, self.parameters)
-        self._slab = None if num_bytes is None else tier.allocate(num_bytes)
+        self._stays, self.is_mostly_trained, num_bytes, changes = home_in(tier, self.parameters)
+        self._slab = None if num_bytes is None else tier.allocate(num_bytes, changes=changes)
 
     @property
     def stored(self) -> StoredSlab | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class FileChoice(NamedTuple):
 
 
 def choose_files(
-    need: HostNeed, kinds: Container[str], sizes: Sequence[int], *, ring: int | None, undo: bool, limit: int | None
+    need: HostNeed, kinds: Collection[str], sizes: Sequence[int], *, ring: int | None, undo: bool, limit: int | None
 ) -> FileChoice:
     """Return a ring that fits, and as many units in host memory as fit beside it, evenly spread.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from humanize import naturalsize
@@ -24,6 +24,7 @@ class HostNeed:
         masters: float32 copies of parameters of 2 bytes.
         undo: copies of what a step with files changes in memory, until it is finished.
         held: those of the above that have their memory by now.
+        in_files: kinds whose streamed part is in files, and not in the above.
     """
 
     weights: int
@@ -33,6 +34,7 @@ class HostNeed:
     masters: int = 0
     undo: int = 0
     held: int = 0
+    in_files: frozenset[str] = frozenset()
 
     @property
     def total(self) -> int:
@@ -45,7 +47,7 @@ class HostNeed:
 
     def with_files(
         self,
-        kinds: Container[str],
+        kinds: Collection[str],
         *,
         streamed: int,
         largest: int,
@@ -88,7 +90,7 @@ class HostNeed:
             staging += round(num_buffers * largest * (2 * ("weights" in kinds) + per_weight * ("states" in kinds)))
             in_memory = kept + moved * ("weights" not in kinds) + per_weight * (kept + moved * ("states" not in kinds))
             stored["undo"] = round(in_memory) if undo else 0
-        return replace(self, staging=staging, **stored)
+        return replace(self, staging=staging, in_files=frozenset(kinds), **stored)
 
     def check(self, *, available: int, limit: int | None) -> None:
         """Raise unless the host can hold it all.
@@ -125,7 +127,13 @@ class HostNeed:
 
     def _advice(self) -> str:
         """Name what would take less of the kind that takes most."""
-        ways = ["train fewer parameters (adapters)", "put weights and states into files (store='disk')"]
+        ways = ["train fewer parameters (adapters)"]
+        if not {"weights", "states"} <= self.in_files:
+            ways.append("put weights and states into files (store='disk')")
+        elif self.gradients and "gradients" not in self.in_files:
+            ways.append("put gradients into files too (gradients: disk in store)")
+        if self.in_files:
+            ways.append("use fewer buffers (disk.ring) or smaller units")
         if self.states:
             ways.append("take an optimizer with smaller states (Adafactor, SGD)")
         if self.masters:

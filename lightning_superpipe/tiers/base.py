@@ -84,15 +84,21 @@ class Tier(ABC):
     can_undo: bool = False
 
     @abstractmethod
-    def allocate(self, num_bytes: int) -> Slab:
+    def allocate(self, num_bytes: int, *, changes: bool = True) -> Slab:
         """Return a new slab.
+
+        Args:
+            changes: steps will store to it; where they can be undone, it has room for what was before them.
 
         Raises:
             BudgetError: the tier has no room for it.
         """
 
-    def reserve(self, sizes: Iterable[int]) -> None:
+    def reserve(self, sizes: Iterable[int], *, unchanging: Iterable[int] = ()) -> None:
         """Make sure that slabs of these sizes can be allocated later, beside those that there are.
+
+        Args:
+            unchanging: sizes of further slabs, to which no step will store.
 
         Raises:
             BudgetError: the tier has no room for them.

@@ -38,11 +38,11 @@ class DiskSlab(StoredSlab):
         offset: in the file, of the bytes that count.
     """
 
-    def __init__(self, tier: DiskTier, num_bytes: int) -> None:
+    def __init__(self, tier: DiskTier, num_bytes: int, *, changes: bool) -> None:
         self._tier, self._file = tier, tier.file
         self.num_bytes, self.room_bytes = num_bytes, padded(num_bytes)
         self.offset = self._file.region(num_bytes)
-        self._spare = self._file.region(num_bytes) if tier.can_undo else None
+        self._spare = self._file.region(num_bytes) if tier.can_undo and changes else None
         self._has_stored = False
         self.is_open = True
         self._pages = SharedPages(self._file.descriptor, self.offset, self.room_bytes) if num_bytes else None
@@ -76,10 +76,11 @@ class DiskSlab(StoredSlab):
 
     def store(self, source: Tensor) -> None:
         self._check(source)
-        is_beside = self._spare is not None and not self._has_stored
-        offset = self._spare if is_beside and self._spare is not None else self.offset
+        is_beside = self._tier.can_undo and not self._has_stored
         try:
-            self._file.write(offset, source)
+            if self._tier.can_undo and self._spare is None:  # it was not expected to change
+                self._spare = self._file.region(self.num_bytes)
+            self._file.write(self._spare if is_beside and self._spare is not None else self.offset, source)
             if is_beside:
                 self._exchange()
                 self._has_stored = True
@@ -172,23 +173,24 @@ class DiskTier(Tier):
     def part(self, kind: str, *, pin: bool | None = None) -> Tier:
         return self
 
-    def reserve(self, sizes: Iterable[int]) -> None:
-        missing = self.file.missing(sum(map(self._taken_by, sizes)))
+    def reserve(self, sizes: Iterable[int], *, unchanging: Iterable[int] = ()) -> None:
+        changing = sum(self._taken_by(size, changes=True) for size in sizes)
+        missing = self.file.missing(changing + sum(self._taken_by(size, changes=False) for size in unchanging))
         self._folder.require(missing)
         try:
             self.file.grow(missing)
         except OSError as error:
             raise self._folder.full(missing, error) from error
 
-    def _taken_by(self, num_bytes: int) -> int:
+    def _taken_by(self, num_bytes: int, *, changes: bool) -> int:
         """Bytes of the file that a slab takes."""
-        return padded(num_bytes) * (2 if self.can_undo else 1)
+        return padded(num_bytes) * (2 if self.can_undo and changes else 1)
 
-    def allocate(self, num_bytes: int) -> DiskSlab:
+    def allocate(self, num_bytes: int, *, changes: bool = True) -> DiskSlab:
         try:
-            slab = DiskSlab(self, num_bytes)
+            slab = DiskSlab(self, num_bytes, changes=changes)
         except OSError as error:
-            raise self._folder.full(self._taken_by(num_bytes), error) from error
+            raise self._folder.full(self._taken_by(num_bytes, changes=changes), error) from error
         self._slabs = [*filter(_is_open, self._slabs), slab]
         return slab
 

@@ -91,7 +91,7 @@ class HostTier(Tier):
             part.holds(tensor) for part in self._parts.values()
         )
 
-    def allocate(self, num_bytes: int) -> HostSlab:
+    def allocate(self, num_bytes: int, *, changes: bool = True) -> HostSlab:
         try:
             slab = HostSlab(num_bytes, pin=self._pin, on_close=self._forget)
         except OSError as error:

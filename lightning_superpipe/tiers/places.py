@@ -92,8 +92,8 @@ class Places(Tier):
     def part(self, kind: str, *, pin: bool | None = None) -> Tier:
         return self._disks.get(kind) or self._host.part(kind, pin=pin)
 
-    def allocate(self, num_bytes: int) -> HostSlab:
-        return self._host.allocate(num_bytes)
+    def allocate(self, num_bytes: int, *, changes: bool = True) -> HostSlab:
+        return self._host.allocate(num_bytes, changes=changes)
 
     def commit(self) -> None:
         for disk in self._disks.values():

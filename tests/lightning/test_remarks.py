@@ -54,6 +54,15 @@ def test_a_machine_without_accelerator_is_told_that_streaming_is_emulated(said: 
     assert "2 units at a time" in line and "8.6 KiB" in line and "18.4 KiB" in line
 
 
+def test_weights_in_files_without_accelerator_are_not_called_an_emulation(said: list[str]) -> None:
+    run(SuperpipeStrategy(k=2, store="disk"))
+    (line,) = said
+    assert "no accelerator" in line and "emulated" not in line
+    assert "2 units at a time are in memory (8.6 KiB" in line and "of weights in files" in line
+    run(SuperpipeStrategy(k=2, store="disk", link={"h2d_gb_s": 1.0}))
+    assert "emulated" in said[-1]
+
+
 @pytest.mark.emu
 def test_a_real_device_says_nothing_if_streaming_pays(said: list[str]) -> None:
     run(SuperpipeStrategy(k=2), "emu")

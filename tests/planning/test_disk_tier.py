@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lightning_superpipe.errors import BudgetError
 from lightning_superpipe.planning.disk_tier import choose_files, with_files
 from lightning_superpipe.planning.host_budget import HostNeed
 from lightning_superpipe.planning.simulate import simulate
@@ -35,6 +36,24 @@ def test_without_a_limit_nothing_stays_and_a_ring_that_was_asked_for_is_kept() -
     assert choose_files(NEED, KINDS[0], SIZES, ring=None, undo=True, limit=None).in_memory == frozenset()
     assert choose_files(NEED, KINDS[0], SIZES, ring=7, undo=True, limit=10).ring == 7
     assert choose_files(NEED, {"gradients"}, SIZES, ring=None, undo=True, limit=10_000).in_memory == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "ways", "no_ways"),
+    [
+        (None, ["store='disk'"], ["disk.ring", "gradients: disk"]),
+        ({"states"}, ["store='disk'", "disk.ring"], ["gradients: disk"]),
+        ({"weights", "states"}, ["gradients: disk", "disk.ring"], ["store='disk'"]),
+        ({"weights", "states", "gradients"}, ["disk.ring"], ["gradients: disk", "store='disk'"]),
+    ],
+)
+def test_a_refusal_advises_what_is_not_done_yet(kinds: set[str] | None, ways: list[str], no_ways: list[str]) -> None:
+    need = NEED
+    if kinds is not None:
+        need = NEED.with_files(kinds, streamed=sum(SIZES), largest=max(SIZES), num_buffers=3)
+    with pytest.raises(BudgetError, match=f"training needs .*{need.total} bytes") as caught:
+        need.check(available=0, limit=1)
+    assert [way for way in (*ways, *no_ways) if way in str(caught.value)] == ways
 
 
 @pytest.mark.parametrize("update", ["at_once", "after_backward", "in_backward"])

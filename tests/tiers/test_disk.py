@@ -83,6 +83,22 @@ def test_undo_brings_back_what_was_there_before_the_step_and_commit_does_not(mak
     assert slab.bytes.data_ptr() == address
 
 
+def test_what_is_not_expected_to_change_takes_its_room_once_and_can_be_undone_all_the_same(make: Make) -> None:
+    tier = make(with_undo=True)
+    before = tier.file.size  # what was tried out
+    tier.reserve([BLOCK], unchanging=[NUM_BYTES])
+    once = -(-NUM_BYTES // BLOCK) * BLOCK
+    assert tier.file.size - before == once + 2 * BLOCK
+    slab = tier.allocate(NUM_BYTES, changes=False)
+    tier.allocate(BLOCK)
+    assert tier.file.size - before == once + 2 * BLOCK
+    slab.bytes.copy_(memory(slab, 0)[:NUM_BYTES])
+    slab.store(memory(slab, 1))
+    assert torch.equal(slab.bytes, memory(slab, 1)[:NUM_BYTES])
+    tier.undo()
+    assert torch.equal(slab.bytes, memory(slab, 0)[:NUM_BYTES])
+
+
 def test_counters_count_what_requests_move(make: Make) -> None:
     tier = make()
     slab = tier.allocate(NUM_BYTES)
