@@ -226,7 +226,7 @@ class FetchRing:
         """
         slab = unit.stored
         with self._lock:
-            if slab is None or unit.index not in self.awaited or not self._may_keep(unit):
+            if slab is None or not self._may_keep(unit):
                 return None
             buffer = self._ring.take(max(self._room_bytes, slab.room_bytes))
         return buffer if buffer is not None and buffer.free_after.query() else None

@@ -225,15 +225,17 @@ class Residency:
 
     def _let_weights_leave(self, unit: Unit) -> None:
         """A unit's update begins, and backward needs it no more: its weights leave the slot for that, uncopied."""
-        slot = unit.slot
-        if slot is None or self.fetches is None or self._traded is None or not self._is_complete_in_slot(unit):
+        slot, fetches = unit.slot, self.fetches
+        if slot is None or fetches is None or self._traded is None or not self._is_complete_in_slot(unit):
+            return
+        if unit.index not in fetches.awaited:  # its update was not announced
             return
         self._unbind(unit)  # modules hold twins as well
         is_held = slot.has_escaped or unit.twin_versions() != unit.versions or bool(unit.stashed_twins())
         if is_held or unit.pending is not None or unit.is_cast or unit.strays():
             return
-        if (buffer := self.fetches.room_for(unit)) is not None and self.evict(unit, into=buffer.slab):
-            self.fetches.keep(unit, buffer)
+        if (buffer := fetches.room_for(unit)) is not None and self.evict(unit, into=buffer.slab):
+            fetches.keep(unit, buffer)
 
     def evict(self, unit: Unit, *, into: Slab | None = None) -> bool:
         """Give a unit's slot back. Nothing is copied, unless a forward has changed weights on the device.
