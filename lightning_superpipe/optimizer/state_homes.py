@@ -79,7 +79,9 @@ class StateHomes:
                 for name, value in optimizer.state[parameter].items()
                 if isinstance(value, Tensor) and _is_movable(value)
             ]
-            if not found:
+            if not found:  # all that had states has left the unit
+                if (empty := self._homes.get(optimizer, {}).pop(unit.index, None)) is not None:
+                    empty.slab.close()
                 return
             layout = tuple((key, name, value.nbytes) for key, name, value in found)
             values = [value for *_, value in found]
