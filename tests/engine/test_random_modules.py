@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -194,8 +194,6 @@ def run(module: nn.Module, loop: Loop, device: torch.device, session: Session | 
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"fused": True} if loop.fused else {"foreach": False}
     optimizer = torch.optim.AdamW(trained or [nn.Parameter(torch.zeros(1))], lr=1e-2, **options)
-    if session is not None and session.config.store == "disk":
-        session.attend([optimizer])  # it is split by units, and its states move into files
     torch.manual_seed(1)
     losses = []
     for index, x in enumerate(batch.to(device) for batch in batches(4)):
@@ -217,13 +215,13 @@ def run(module: nn.Module, loop: Loop, device: torch.device, session: Session | 
     return Result(losses, [tensor.detach().cpu().clone() for tensor in module.state_dict().values()])
 
 
-def check(recipe: Recipe, window: Window, loop: Loop, device: torch.device, store: str = "host") -> None:
+def check(recipe: Recipe, window: Window, loop: Loop, device: torch.device) -> None:
     """Compare the streamed run with the ordinary one."""
     expected = run(Program(recipe), loop, device)
     module = Program(recipe)
     classes = [type(each) for each in module.modules()]
     adversary = Adversary(max_delay_ms=0.2 if window.is_late else 0.0, seed=window.seed)
-    config = SuperpipeConfig(k=window.k, k_prime=window.k_prime, adversary=adversary, store=store)
+    config = SuperpipeConfig(k=window.k, k_prime=window.k_prime, adversary=adversary)
     session = Session(module, config, device, trains=True, owns_root=True)
     try:
         result = run(module, loop, device, session)
@@ -240,24 +238,6 @@ def check(recipe: Recipe, window: Window, loop: Loop, device: torch.device, stor
 @given(recipe=recipes, window=windows, loop=loops)
 def test_random_module_trains_as_in_the_plain_loop(recipe: Recipe, window: Window, loop: Loop) -> None:
     check(recipe, window, loop, CPU)
-
-
-# A parameter that is read outside its unit leaves it, alone in having states: the unit comes in only later.
-LEAVES = Recipe(
-    stages=(("pair", 3),),
-    ops=(Op("call", 8), Op("skip", 0), Op("detour", 9), Op("read", 1), Op("branch", 0)),
-    tied=((0, 2),),
-    frozen=(),
-    dropout=0.0,
-)
-
-
-@pytest.mark.filterwarnings("ignore")
-@settings(max_examples=30)
-@example(recipe=LEAVES, window=Window(1, 1, 0, is_late=False), loop=Loop(False, 1, False, False, False))
-@given(recipe=recipes, window=windows, loop=loops)
-def test_random_module_trains_from_files_as_in_the_plain_loop(recipe: Recipe, window: Window, loop: Loop) -> None:
-    check(recipe, window, loop, CPU, "disk")
 
 
 @pytest.mark.filterwarnings("ignore")
