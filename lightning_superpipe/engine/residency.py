@@ -203,14 +203,11 @@ class Residency:
         ]
 
     def _move_twins(self, unit: Unit, slot: Slot) -> None:
-        if (previous := self._last_slot.pop(unit.index, None)) is not None:
-            previous.num_twins -= unit.num_slot_twins()
+        self.forget(unit)
         unit.reclaim_twins()
         self._point_at(unit, slot)
 
     def _point_at(self, unit: Unit, slot: Slot) -> None:
-        if (previous := self._last_slot.get(unit.index)) is not None:
-            previous.num_twins -= unit.num_slot_twins()
         unit.point_twins_at(slot)
         slot.num_twins += unit.num_slot_twins()
         self._last_slot[unit.index] = slot
@@ -271,6 +268,7 @@ class Residency:
         if unit.arrival is not None:
             with contextlib.suppress(Exception):  # nobody waits for it any more
                 unit.arrival.synchronize()
+        self.forget(unit)
         self._point_at(unit, traded.parking)
 
     def _leave_storage(self, slot: Slot) -> None:
@@ -326,7 +324,7 @@ class Residency:
             self.num_stashed += 1
 
     def forget(self, unit: Unit) -> None:
-        """A unit's twins are about to be made anew."""
+        """A unit's twins are about to be made anew, or to point elsewhere."""
         if (slot := self._last_slot.pop(unit.index, None)) is not None:
             slot.num_twins -= unit.num_slot_twins()
 
