@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -167,10 +167,13 @@ def step_of(optimizer: Optimizer, groups: Sequence[dict[str, Any]], some: Sequen
         inspect.unwrap(type(optimizer).step)(twin)
 
 
-def put_in_order(optimizer: Optimizer) -> None:
-    """Give states the order in which the optimizer itself makes them: it is that of checkpoints."""
-    own = parameters_of(optimizer)
-    states = {parameter: optimizer.state[parameter] for parameter in own if parameter in optimizer.state}
-    others = {key: value for key, value in optimizer.state.items() if key not in states}
+def put_in_order(optimizer: Optimizer, first: Iterable[Any]) -> None:
+    """Give states the order in which the optimizer itself would have made them: it is that of checkpoints.
+
+    Args:
+        first: whose states there were before the step, in order.
+    """
+    order = dict.fromkeys([*first, *parameters_of(optimizer), *optimizer.state])
+    states = {key: optimizer.state[key] for key in order if key in optimizer.state}
     optimizer.state.clear()
-    optimizer.state.update({**states, **others})
+    optimizer.state.update(states)

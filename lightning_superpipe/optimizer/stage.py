@@ -186,7 +186,7 @@ class UpdateStage:
             return
         of_units = by_unit(self._engine.catalog, everything)
         started = {id(member.parameter) for index in updated for member in of_units.get(index, [])}
-        waiting: list[Unit] = []
+        waiting, had_states = list[Unit](), list(optimizer.state)
         for rank, unit in enumerate(self._engine.units_by_need()):
             if unit.index in updated or not (some := of_units.get(unit.index)):
                 continue
@@ -202,7 +202,7 @@ class UpdateStage:
         for unit in waiting:
             unit.settle()
         if waiting:
-            put_in_order(optimizer)
+            put_in_order(optimizer, had_states)
         self._set_aside[optimizer] = optimizer.param_groups
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._hooks[optimizer][0].id, last=False)

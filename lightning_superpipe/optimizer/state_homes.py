@@ -80,8 +80,7 @@ class StateHomes:
                 if isinstance(value, Tensor) and _is_movable(value)
             ]
             if not found:  # all that had states has left the unit
-                if (empty := self._homes.get(optimizer, {}).pop(unit.index, None)) is not None:
-                    empty.slab.close()
+                self.leave(unit, optimizer)
                 return
             layout = tuple((key, name, value.nbytes) for key, name, value in found)
             values = [value for *_, value in found]
@@ -94,6 +93,11 @@ class StateHomes:
                 home.slab.close()
             if num_moved:
                 trim_heap()  # a first step would hold the states of all units otherwise
+
+    def leave(self, unit: Unit, optimizer: Optimizer) -> None:
+        """Read and write no slab for a unit any more; states that lie in its own keep it for themselves."""
+        if (home := self._homes.get(optimizer, {}).pop(unit.index, None)) is not None:
+            home.slab.close()
 
     def _allocate(self, layout: _Layout) -> StoredSlab:
         slab = self._tier.allocate(sum(_aligned(size) for *_, size in layout))

@@ -101,8 +101,12 @@ class StoredUpdates:
 
     def _adopt(self, unit: Unit, optimizer: Optimizer) -> None:
         """Move a unit's states into files, if they belong there."""
-        if self.homes is not None and self._has_home(unit):
+        if self.homes is None:
+            return
+        if self._has_home(unit):
             self.homes.adopt(unit, optimizer)
+        else:  # perhaps no longer: a parameter that leaves its unit takes along what was trained
+            self.homes.leave(unit, optimizer)
 
     def _has_home(self, unit: Unit) -> bool:
         """Whether states live in files; where little of a unit is trained they stay in memory, as what is trained."""
@@ -170,9 +174,10 @@ class StoredUpdates:
         """
         if self.homes is None:
             return
+        units = list(units)
+        for unit in units:
+            self._adopt(unit, optimizer)
         stored = list(filter(self._has_home, units))
-        for unit in stored:
-            self.homes.adopt(unit, optimizer)
         self.homes.reserve(optimizer, stored, with_masters=self._masters is not None)
 
     def finish(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_superpipe import attach
 from lightning_superpipe.config import Link, SuperpipeConfig
@@ -19,7 +20,7 @@ from lightning_superpipe.forecast.preview import preview
 from lightning_superpipe.observe.pictures import draw_timeline
 from lightning_superpipe.observe.trace import Lane, Recording
 from lightning_superpipe.optimizer.bench import Bench
-from tests.disk.loops import EVERYTHING, NUM_BLOCKS, WIDTH, Left, Model, left, make, step, train
+from tests.disk.loops import EVERYTHING, NUM_BLOCKS, WIDTH, Block, Left, Model, left, make, step, train
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = 256  # smaller activations stay where they are
@@ -273,3 +274,46 @@ def test_masters_of_units_in_memory_leave_the_bits_that_they_leave_without_files
     assert found[0].equals(found[1])
     assert f"of {NUM_BLOCKS} units stay in host memory" in report
     assert "no unit stays" not in report
+
+
+# -- parameters that leave their unit
+
+
+class Reader(nn.Module):
+    """Reads a matrix of one of its blocks, which therefore leaves its unit; calls that block only sometimes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.skips: set[int] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, block in enumerate(self.blocks):
+            if index not in self.skips:
+                x = block(x)
+        return x * self.blocks[1].down.weight.mean().tanh()
+
+
+@pytest.mark.parametrize("rest", ["has no states", "is mostly frozen"])
+@pytest.mark.parametrize("update", ["at_once", "after_backward"])
+def test_states_of_a_parameter_that_has_left_its_unit_are_not_written_with_it(rest: str, update: str) -> None:
+    def run(store: Any) -> Left:
+        torch.manual_seed(0)
+        model = Reader()
+        if rest == "is mostly frozen":
+            model.blocks[1].up.requires_grad_(False)
+        else:
+            model.skips = {1}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, foreach=False)
+        late = {"max_delay_ms": 10.0}  # between a unit's read and its write, the rest of the step has run
+        options = {"device": "cpu", "k": 1, "update": update, "store": store, "adversary": late}
+        losses = []
+        with contextlib.nullcontext() if store is None else attach(model, optimizer, **options):
+            for number in range(6):
+                if number == 3:
+                    model.skips = set()
+                losses.append(step(model, optimizer, number))
+        return left(model, optimizer, losses)
+
+    assert run({"states": "disk"}).equals(run(None))
