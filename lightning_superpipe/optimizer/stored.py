@@ -228,4 +228,6 @@ def _update(job: _Job, fetched: HostEvent) -> None:
 
 def _settled(unit: Unit, ledger: Ledger, pending: Pending) -> None:
     unit.note_settled(pending)
+    if ledger.has_failed:  # what was copied behind it may have been undone since
+        unit.distrust()
     ledger.tell()

@@ -18,8 +18,10 @@ import torch
 from torch import nn
 
 from lightning_superpipe import attach
+from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.errors import BudgetError, TransferError, UnsupportedError
-from tests.disk.loops import WIDTH, Left, left, make, step
+from lightning_superpipe.session import Session
+from tests.disk.loops import NUM_BLOCKS, WIDTH, Left, left, make, step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Patch = pytest.MonkeyPatch
@@ -239,3 +241,45 @@ def test_step_that_is_interrupted_in_backward_is_undone(store: Any) -> None:
                 assert finished(expected, model, optimizer) == NUM_GOOD
                 assert pipe.report().total.disk_written_bytes > written, "nothing was there to be undone"
         assert finished(expected, model, optimizer) == NUM_ALL
+
+
+class LastWrite(Fault):
+    """Fails as late as that: once the next forward has begun to use what the other parts of the step have left."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__("pwritev", after)
+        self.may_fail = threading.Event()
+
+    def __call__(self, descriptor: int, buffers: list[Any], offset: int) -> int:
+        if self._left == 0:
+            assert self.may_fail.wait(60)
+        return super().__call__(descriptor, buffers, offset)
+
+
+def test_weights_of_a_step_that_was_undone_later_do_not_stay_where_they_were_loaded(monkeypatch: Patch) -> None:
+    """Between the failure and the next step nobody writes to weights, so that what is loaded could be used again."""
+    expected = reference()
+    model, optimizer = make()
+    config = SuperpipeConfig(k=NUM_BLOCKS, k_prime=1, store="disk", update="after_backward")
+    session = Session(model, config, torch.device("cpu"), trains=True, owns_root=True)
+    session.attend([optimizer])
+
+    def undisturbed(number: int) -> None:
+        with session.step("train", is_undisturbed=True):
+            step(model, optimizer, number)
+
+    for number in range(NUM_GOOD):
+        undisturbed(number)
+    assert finished(expected, model, optimizer) == NUM_GOOD
+    fault = LastWrite(after=2 * NUM_BLOCKS - 1)  # weights and states of each
+    with monkeypatch.context() as patched, pytest.raises(TransferError, match="has been undone"):
+        patched.setattr(os, "pwritev", fault)
+        undisturbed(NUM_GOOD)
+        model.blocks[3].register_forward_hook(lambda *_: fault.may_fail.set())
+        undisturbed(NUM_GOOD + 1)
+    optimizer.zero_grad()
+    assert finished(expected, model, optimizer) == NUM_GOOD
+    for number in range(NUM_GOOD, NUM_ALL):
+        undisturbed(number)
+    assert finished(expected, model, optimizer) == NUM_ALL
+    session.close()
