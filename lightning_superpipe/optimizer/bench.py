@@ -71,6 +71,7 @@ class Bench:
         self._turn = 0
         self._updated: Ledger | None = None
         self._members: Sequence[Member] = ()
+        self._entries: list[dict[str, Any] | None] = []
         self._made: list[dict[str, Any]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._changed: list[nn.Parameter] = []
@@ -118,11 +119,12 @@ class Bench:
     ) -> Callable[[], None]:
         """Return the step on stand-ins and the gradients of now; it runs once the bytes are there."""
         self._members = some
+        self._entries = [optimizer.state.get(member.parameter) for member in some]  # users drop them behind the step
         with unfenced():
             gradients = [member.parameter.grad for member in some]
 
         def step() -> None:
-            stand_ins = [self._stand_in(optimizer, *each) for each in zip(some, gradients, strict=True)]
+            stand_ins = [self._stand_in(*each) for each in zip(some, gradients, self._entries, strict=True)]
             before = [each.parameter._version for each in stand_ins]
             self._made = self._step_on(optimizer, groups, stand_ins)
             after = [each.parameter._version for each in stand_ins]
@@ -133,6 +135,11 @@ class Bench:
             ]
 
         return step
+
+    @property
+    def has_made_states(self) -> bool:
+        """Whether the part has made tensors that are the optimizer's once they are published."""
+        return any(isinstance(value, Tensor) for made in self._made for value in made.values())
 
     def publish(self, optimizer: Optimizer, ledger: Ledger, recorder: Recorder | None) -> None:
         """Write weights and states; let what is in memory follow.
@@ -149,9 +156,9 @@ class Bench:
             for original, copy in self._copies:
                 ledger.note(partial(_put_back, original, original.clone()))
                 original.copy_(copy)
-            for (_, parameter), made in zip(self._members, self._made, strict=True):
+            for (_, parameter), entries, made in zip(self._members, self._entries, self._made, strict=True):
                 for name, value in made.items():
-                    state = optimizer.state[parameter]
+                    state = optimizer.state[parameter] if entries is None else entries
                     ledger.note(partial(_put_entry, state, name, state.get(name)))
                     state[name] = value
         if not self.leaves_weights:
@@ -197,15 +204,14 @@ class Bench:
             pieces.append((self._states, self._place.piece(self._num_weight_bytes, self._states.room_bytes)))
         return pieces
 
-    def _stand_in(self, optimizer: Optimizer, member: Member, gradient: Tensor | None) -> StandIn:
+    def _stand_in(self, member: Member, gradient: Tensor | None, entries: dict[str, Any] | None) -> StandIn:
         with unfenced(), torch.no_grad():
-            parameter = member.parameter
             assert gradient is not None, "members have gradients"
-            state = optimizer.state.get(parameter, {})
-            entries = {
-                name: self._entry(value) if isinstance(value, Tensor) else value for name, value in state.items()
+            state = {
+                name: self._entry(value) if isinstance(value, Tensor) else value
+                for name, value in (entries or {}).items()
             }
-            return StandIn(member.group, self._weight(parameter), gradient, entries)
+            return StandIn(member.group, self._weight(member.parameter), gradient, state)
 
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         index = next((i for i in self._in_file if self.unit.parameters[i] is parameter), None)

@@ -185,11 +185,12 @@ class UpdateStage:
             complete_all(member.parameter.grad for member in everything)
             return
         of_units = by_unit(self._engine.catalog, everything)
-        started = {id(member.parameter) for index in updated for member in of_units.get(index, [])}
+        started = {id(member.parameter) for part in updated.values() for member in part.members}
         waiting, had_states = list[Unit](), list(optimizer.state)
         for rank, unit in enumerate(self._engine.units_by_need()):
-            if unit.index in updated or not (some := of_units.get(unit.index)):
+            if not (some := [each for each in of_units.get(unit.index, ()) if id(each.parameter) not in started]):
                 continue
+            unit.settle()  # of parameters that it has got since the step was announced
             part, bench = self._prepare(unit, optimizer, groups, some)
             may_start = self._may_start(part)
             if may_start or bench is not None:

@@ -158,7 +158,8 @@ class StoredUpdates:
             updated.synchronize()
             if not ledger.has_failed:
                 job.bench.publish(job.part.optimizer, ledger, self._lanes.recorder)
-                self._adopt(unit, job.part.optimizer)
+                if job.bench.has_made_states:
+                    self._adopt(unit, job.part.optimizer)
         except BaseException as error:
             ledger.fail(unit.name, error)
         finally:
