@@ -18,6 +18,7 @@ from tests.disk.loops import WIDTH, Left, Model, left, make
 pytestmark = pytest.mark.filterwarnings("ignore")
 Change = Callable[[Model, Optimizer], None]
 NUM_STEPS, AT = 6, 3
+OPTIONS: list[dict[str, Any]] = [{}, {"store": "disk"}, {"store": {"states": "disk"}}, {"update_on_device": 0.6}]
 
 
 def new_states(_: Model, optimizer: Optimizer) -> None:
@@ -42,7 +43,7 @@ def another_parameter(model: Model, optimizer: Optimizer) -> None:
 
 def train(change: Change, *, announces: bool, options: dict[str, Any] | None) -> Left:
     model, optimizer = make()
-    late = {"adversary": {"max_delay_ms": 10.0}}  # updates run on under what the loop does next
+    late = {"adversary": {"max_delay_ms": 5.0}}  # updates run on under what the loop does next
     scope: Any = contextlib.nullcontext()
     with scope if options is None else attach(model, optimizer, device="cpu", k=2, **late, **options) as pipe:
         losses = []
@@ -60,10 +61,10 @@ def train(change: Change, *, announces: bool, options: dict[str, Any] | None) ->
 
 
 @pytest.mark.parametrize("announces", [False, True], ids=["plain", "announced"])
-@pytest.mark.parametrize("store", ["host", "disk", {"states": "disk"}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["host", "disk", "states on disk", "on the device"])
 @pytest.mark.parametrize("change", [new_states, no_states, one_without, another_parameter])
 def test_change_between_steps_leaves_what_it_leaves_in_the_plain_loop(
-    change: Change, store: Any, announces: bool
+    change: Change, options: dict[str, Any], announces: bool
 ) -> None:
     expected = train(change, announces=False, options=None)
-    assert train(change, announces=announces, options={"store": store}).equals(expected)
+    assert train(change, announces=announces, options=options).equals(expected)
