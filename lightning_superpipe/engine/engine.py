@@ -122,7 +122,7 @@ class Engine:
         self.saved = SavedTensors(self)
         self.outside = Outside(self.wire, self.anchors, self.catalog, self.residency, self.saved, self.recover)
         choices = choices or [Choice()] * len(self.units)
-        offload = Offload(lanes, tier.part("activations"), self.staying)
+        offload = Offload(lanes, tier.part("activations"), tier.part("wire"), self.staying)
         self.activations = Activations(self, choices, offload, num_parts=micro_batches)
         self._installation = Installation(self, root, tier, window.in_memory, root_scope=root_scope)
 

@@ -3,11 +3,7 @@
 One batch of parcels for each call. A batch is sent when the next call begins, so that what the last unit saved never
 travels; its device memory is let go one call later. In backward the batches come back in the opposite order, one ahead.
 
-Where activations live in files, copies go through the files' mappings and not past the page cache as weights and states
-do: a storage has any size and a graph may keep it after the session, so that its bytes must be an ordinary tensor at
-all times; a direct write would take a buffer and a copy for each of many small storages; and most of them are read back
-within the same step, from the page cache, before the system has written them at all. The cache gives its memory back
-when somebody needs it.
+Where activations live in files, a batch takes one more hop, see :mod:`file_hop`.
 """
 
 from __future__ import annotations
@@ -16,7 +12,7 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +20,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_superpipe.engine.backend import raw_tensors, storage_address
+from lightning_superpipe.engine.file_hop import Arrival, FileHop
 from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.parcels import HostPool, Parcel
 from lightning_superpipe.engine.slots import storage_key
 from lightning_superpipe.engine.unit import Unit
+from lightning_superpipe.errors import TransferError
 from lightning_superpipe.tiers import Tier
 
 __all__ = ["MIN_BYTES", "Offload"]
@@ -83,12 +81,15 @@ class Offload:
     """The saved activations of units whose policy is to offload.
 
     Args:
+        tier: takes the activations.
+        memory: gives buffers on the way to a tier that is not memory.
         staying: returns addresses of storages that must not travel: anchors and buffers are on the device anyway.
     """
 
-    def __init__(self, lanes: Lanes, tier: Tier, staying: Callable[[], Container[int]]) -> None:
+    def __init__(self, lanes: Lanes, tier: Tier, memory: Tier, staying: Callable[[], Container[int]]) -> None:
         self._lanes, self._staying = lanes, staying
         self._pool = HostPool(tier)
+        self._files = None if tier.is_memory else FileHop(self._pool, memory, lanes)
         self._lock = threading.RLock()
         self._is_open = True
         self._num_batches = 0
@@ -96,7 +97,7 @@ class Offload:
         self._transits: deque[_Transit] = deque()
         self._batches: dict[int, weakref.ref[_Batch]] = {}
         self._fetched: list[_Batch] = []
-        self._arriving: list[tuple[list[Tensor], Event]] = []
+        self._arriving: list[tuple[list[Tensor], list[Event]]] = []
         self._by_storage: weakref.WeakValueDictionary[int, Parcel] = weakref.WeakValueDictionary()
 
     @property
@@ -165,19 +166,25 @@ class Offload:
         parcels = [parcel for parcel in batch.alive() if parcel.place is None]
         if not parcels:
             return
-        copies = []
-        for parcel in parcels:
-            parcel.place = self._pool.take(parcel.num_bytes)
-            assert parcel.device_bytes is not None, "what was not sent is on the device"
-            copies.append(Copy(parcel.host_bytes(), parcel.device_bytes))
-        # What was in that host memory before has been read: compute waited for it, or nobody ever will.
-        done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=batch.label)
-        for parcel in parcels:
-            assert parcel.place is not None
-            parcel.place.slab.note_written(parcel.num_bytes)
-            parcel.place = parcel.place._replace(last_copy=done)
+        sources = [parcel.device_bytes for parcel in parcels if parcel.device_bytes is not None]
+        assert len(sources) == len(parcels), "what was not sent is on the device"
+        if self._files is not None:
+            done = self._files.send(parcels, sources, batch.label)
+        else:
+            done = self._send_to_memory(parcels, sources, batch.label)
         # The device's bytes are held until the copy is done: the allocator may give them to others after that only.
-        self._transits.append(_Transit([weakref.ref(parcel) for parcel in parcels], [c.source for c in copies], done))
+        self._transits.append(_Transit([weakref.ref(parcel) for parcel in parcels], sources, done))
+
+    def _send_to_memory(self, parcels: Sequence[Parcel], sources: Sequence[Tensor], label: Label) -> Event:
+        copies, places = [], [self._pool.take(parcel.num_bytes) for parcel in parcels]
+        for parcel, place, source in zip(parcels, places, sources, strict=True):
+            parcel.place = place
+            copies.append(Copy(parcel.host_bytes(), source))
+        # What was in that host memory before has been read: compute waited for it, or nobody ever will.
+        done = self._lanes.d2h(copies, after=[self._lanes.compute_event()], label=label)
+        for parcel, place in zip(parcels, places, strict=True):
+            parcel.place = place._replace(last_copy=done)
+        return done
 
     def _let_go_of_oldest(self) -> None:
         transit = self._transits.popleft()
@@ -218,28 +225,36 @@ class Offload:
         """Hold nothing for copies that are done: what is on the device is the graph's to hold, and needed soon."""
         while self._transits and self._transits[0].done.query():
             self._transits.popleft()
-        self._arriving = [(targets, event) for targets, event in self._arriving if not event.query()]
+        self._arriving = [each for each in self._arriving if not all(event.query() for event in each[1])]
 
     def _fetch(self, batch: _Batch) -> None:
         parcels = [parcel for parcel in batch.alive() if parcel.device_bytes is None]
         if not parcels:
             return
         self._part_with_done()  # before anything is allocated
-        for parcel in parcels:
-            parcel.device_bytes = _empty(parcel.num_bytes, self._lanes.device)
-        # Compute that is still queued may use what that memory was before. The copies home are done: we waited for them
-        # before we let go.
-        after = [self._lanes.compute_event()]
-        copies = [
-            Copy(parcel.device_bytes, parcel.host_bytes()) for parcel in parcels if parcel.device_bytes is not None
-        ]
-        arrival = self._lanes.h2d(copies, after=after, label=batch.label)
-        self._arriving.append(([copy.target for copy in copies], arrival))
-        for parcel in parcels:
-            assert parcel.place is not None
-            parcel.arrival, parcel.place = arrival, parcel.place._replace(last_copy=arrival)
+        targets = [_empty(parcel.num_bytes, self._lanes.device) for parcel in parcels]
+        if self._files is not None:
+            arrivals = self._files.fetch(parcels, targets, batch.label)
+        else:
+            arrivals = [self._fetch_from_memory(parcels, targets, batch.label)]
+        self._arriving.append((targets, [event for _, event in arrivals]))
+        for parcel, target in zip(parcels, targets, strict=True):
+            parcel.device_bytes = target
+        for arrived, event in arrivals:
+            for parcel in arrived:
+                parcel.arrival = event
         if batch not in self._fetched:
             self._fetched.append(batch)
+
+    def _fetch_from_memory(self, parcels: list[Parcel], targets: Sequence[Tensor], label: Label) -> Arrival:
+        # Compute that is still queued may use what that memory was before. The copies home are done: we waited for them
+        # before we let go.
+        copies = [Copy(target, parcel.host_bytes()) for parcel, target in zip(parcels, targets, strict=True)]
+        arrival = self._lanes.h2d(copies, after=[self._lanes.compute_event()], label=label)
+        for parcel in parcels:
+            assert parcel.place is not None, "the parcel was sent"
+            parcel.place = parcel.place._replace(last_copy=arrival)
+        return Arrival(parcels, arrival)
 
     def device_bytes_of(self, view: _View) -> Tensor:
         """The bytes of a parcel on the device, arrived."""
@@ -253,11 +268,19 @@ class Offload:
                 view.batch.add(parcel)
                 self._fetch(view.batch)
             if parcel.arrival is not None:
-                self._lanes.compute_waits(parcel.arrival, view.batch.label.unit)
-                parcel.arrival = None
+                self._wait_for(parcel, view.batch.label.unit)
             self._part_with_done()  # so that the graph can free what backward has used while the rest is in use
             assert parcel.device_bytes is not None, "fetched just now"
             return parcel.device_bytes
+
+    def _wait_for(self, parcel: Parcel, unit: int) -> None:
+        arrival, parcel.arrival = parcel.arrival, None
+        assert arrival is not None, "asked for only where it is under way"
+        try:
+            self._lanes.compute_waits(arrival, unit)
+        except TransferError:
+            parcel.let_go()  # nothing has arrived; who comes again tries again
+            raise
 
     # -- the end
 
@@ -276,8 +299,10 @@ class Offload:
         with self._lock:
             while self._transits:
                 self._let_go_of_oldest()
-            for _, event in self._arriving:
-                event.synchronize()
+            for _, events in self._arriving:
+                for event in events:
+                    with contextlib.suppress(TransferError):  # who waits for the bytes is told
+                        event.synchronize()
             self._arriving.clear()
             self._to_send.clear()
 
@@ -287,12 +312,14 @@ class Offload:
             self._is_open = False
             self._batches.clear()
             self._fetched.clear()
+            if self._files is not None:
+                self._files.close()
             self._pool.close()
 
 
 def _is_of(parcel: Parcel, tensor: Tensor) -> bool:
     """Whether a parcel holds what a tensor's storage holds now: storages die, and their addresses return."""
-    return parcel.storage() is not None and parcel.version == tensor._version
+    return parcel.storage() is not None and parcel.version == tensor._version and not parcel.is_lost
 
 
 def _unpacked(offload: Offload | None, view: _View) -> Tensor:
@@ -308,7 +335,8 @@ def _unpacked(offload: Offload | None, view: _View) -> Tensor:
 def _from_host(parcel: Parcel, device: torch.device) -> Tensor:
     """The session is over, and with it the lanes."""
     if parcel.device_bytes is None:
-        parcel.device_bytes = parcel.host_bytes().to(device)
+        shares = parcel.place is not None and parcel.place.hold is not None  # views begin at the start of a storage
+        parcel.device_bytes = parcel.host_bytes().to(device, copy=shares)
     return parcel.device_bytes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,14 +13,35 @@ from lightning_superpipe.engine.backend import raw_tensors
 from lightning_superpipe.engine.lanes import Event
 from lightning_superpipe.tiers import Slab, Tier
 
-__all__ = ["HostPool", "Parcel", "Place"]
+__all__ = ["Hold", "HostPool", "Parcel", "Place"]
+
+
+class Hold(Protocol):
+    """What parcels share that travel as one piece; the piece is free again once nobody has it any more.
+
+    Attributes:
+        is_lost: the bytes could not be brought there.
+    """
+
+    @property
+    def is_lost(self) -> bool: ...
+
+    def ensure(self) -> None:
+        """Block until the bytes are there; raise what has kept them from that."""
 
 
 class Place(NamedTuple):
-    """Host memory of a parcel, and the end of the last copy from or to it."""
+    """Where a parcel lies outside the device, and the end of the last copy from or to it.
+
+    Attributes:
+        start: of the parcel in the slab, in bytes.
+        hold: where others lie in the slab as well.
+    """
 
     slab: Slab
     last_copy: Event | None
+    start: int = 0
+    hold: Hold | None = None
 
 
 class HostPool:
@@ -95,10 +116,22 @@ class Parcel:
         self.arrival: Event | None = None
         self._pool = weakref.ref(pool)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether the bytes were to go where they could not be brought, and are not on the device any more."""
+        hold = None if self.place is None else self.place.hold
+        return hold is not None and hold.is_lost and self.device_bytes is None
+
     def host_bytes(self) -> Tensor:
-        """The bytes on the host, shape (num_bytes,), uint8."""
+        """The bytes on the host, shape (num_bytes,), uint8.
+
+        Raises:
+            TransferError: they could not be written there.
+        """
         assert self.place is not None, "the parcel was never sent"
-        return self.place.slab.bytes[: self.num_bytes]
+        if self.place.hold is not None:
+            self.place.hold.ensure()
+        return self.place.slab.bytes[self.place.start : self.place.start + self.num_bytes]
 
     def let_go(self) -> None:
         """Drop the device's bytes: they are on the host."""
@@ -108,7 +141,7 @@ class Parcel:
 
     def __del__(self) -> None:
         pool = self._pool()
-        if pool is not None and self.place is not None:
+        if pool is not None and self.place is not None and self.place.hold is None:
             pool.give_back(self.place)
 
 

@@ -57,7 +57,7 @@ class StoredSlab(Slab):
 
     @abstractmethod
     def fetch(self, target: Tensor) -> None:
-        """Read the whole slab into host memory, shape (room_bytes,), uint8.
+        """Read the slab, or its first pages, into host memory, shape (room_bytes or less,), uint8.
 
         Raises:
             TransferError: the read failed, or came back short.
@@ -65,7 +65,9 @@ class StoredSlab(Slab):
 
     @abstractmethod
     def store(self, source: Tensor) -> None:
-        """Replace the whole slab by host memory, shape (room_bytes,), uint8; see :meth:`Tier.commit`.
+        """Replace the slab by host memory, shape (room_bytes,), uint8; see :meth:`Tier.commit`.
+
+        Where nothing can be undone, its first pages may be replaced alone.
 
         Raises:
             TransferError: the write failed; what the slab holds is as before where the tier can undo.

@@ -76,6 +76,7 @@ class DiskSlab(StoredSlab):
 
     def store(self, source: Tensor) -> None:
         self._check(source)
+        assert source.numel() == self.room_bytes or not self._tier.can_undo, "what is written beside is whole"
         is_beside = self._tier.can_undo and not self._has_stored
         try:
             if self._tier.can_undo and self._spare is None:  # it was not expected to change
@@ -107,7 +108,9 @@ class DiskSlab(StoredSlab):
         self.offset, self._spare = self._spare, self.offset
 
     def _check(self, memory: Tensor) -> None:
-        assert self.is_open and memory.numel() == self.room_bytes and memory.data_ptr() % BLOCK == 0, "room, at a page"
+        num_bytes = memory.numel()
+        assert self.is_open and num_bytes <= self.room_bytes and not num_bytes % BLOCK, "pages of an open slab"
+        assert not memory.data_ptr() % BLOCK, "it begins at a page"
 
     def _error(self, done: str, error: OSError) -> TransferError:
         return TransferError(

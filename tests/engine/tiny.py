@@ -14,7 +14,7 @@ from lightning_superpipe.engine.activations import Choice
 from lightning_superpipe.engine.engine import Engine, Window
 from lightning_superpipe.engine.lanes import Lanes
 from lightning_superpipe.partition import partition
-from lightning_superpipe.tiers import HostTier
+from lightning_superpipe.tiers import HostTier, Tier
 
 WIDTH = 8
 CPU = torch.device("cpu")
@@ -78,6 +78,7 @@ def engine_of(
     seed: int | None = 0,
     choices: Sequence[Choice] | None = None,
     micro_batches: int = 1,
+    tier: Tier | None = None,
 ) -> Engine:
     """Return an engine over the units that the partition finds."""
     found = partition(root)
@@ -89,7 +90,7 @@ def engine_of(
         found.anchors,
         window,
         lanes=lanes,
-        tier=HostTier(pin=False),
+        tier=tier or HostTier(pin=False),
         root_scope=_no_scope,
         choices=choices,
         micro_batches=micro_batches,

@@ -1,0 +1,226 @@
+"""Activations in files: whatever is late, equal with all fences and wrong without them; memory and files used again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_superpipe import attach
+from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.engine import file_hop, offload
+from lightning_superpipe.engine.activations import Policy
+from lightning_superpipe.engine.file_hop import NUM_BUFFERS
+from lightning_superpipe.engine.lanes import Lanes
+from lightning_superpipe.engine.thread_lanes import ThreadLanes
+from lightning_superpipe.errors import TransferError
+from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.tiers import Places
+from lightning_superpipe.tiers.disk import DiskSlab
+from tests.engine.held_lanes import HeldLanes
+from tests.engine.policies import choices
+from tests.engine.test_offload import poisoned
+from tests.engine.tiny import CPU, Chain, Result, batches, chain, is_equal, open_engine, train
+
+pytestmark = [pytest.mark.usefixtures("everything_travels"), pytest.mark.filterwarnings("ignore")]
+
+NUM_BLOCKS, NUM_STEPS = 6, 3
+Patch = pytest.MonkeyPatch
+
+
+@cache
+def reference() -> Result:
+    return train(chain(NUM_BLOCKS, dropout=0.1), batches(NUM_STEPS))
+
+
+@pytest.fixture(autouse=True)
+def _new_memory_is_poisoned(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(offload, "_empty", poisoned)
+
+
+@pytest.fixture
+def files() -> Iterator[Places]:
+    """Activations in files, all else in memory; the engine closes it."""
+    yield Places(SuperpipeConfig(store={"activations": "disk"}), pin=False, trains=True)
+
+
+def slow(patch: Patch, name: str, seconds: Callable[[], float]) -> None:
+    """Let reads or writes begin late."""
+    original = getattr(DiskSlab, name)
+
+    def late(self: DiskSlab, memory: Tensor) -> None:
+        time.sleep(seconds())
+        original(self, memory)
+
+    patch.setattr(DiskSlab, name, late)
+
+
+def train_with(tier: Places, lanes: Lanes, k: int = 2) -> Result:
+    module, policies = chain(NUM_BLOCKS, dropout=0.1), choices(Policy.OFFLOAD, NUM_BLOCKS)
+    with open_engine(module, lanes, k=k, choices=policies, tier=tier) as engine:
+        if isinstance(lanes, HeldLanes):
+            lanes.attend(engine.gradients)
+        found = train(module, batches(NUM_STEPS), partial(engine.step, "train"))
+    assert tier.traffic.read > 0
+    return found
+
+
+@pytest.mark.parametrize("k", [1, 2, NUM_BLOCKS])
+@pytest.mark.parametrize("seed", range(3))
+def test_reads_and_writes_may_take_any_time(files: Places, k: int, seed: int, monkeypatch: Patch) -> None:
+    rng = random.Random(seed)
+    for name in ("fetch", "store"):
+        slow(monkeypatch, name, lambda: rng.random() * 4e-3)
+    lanes = ThreadLanes(CPU, None, max_delay_ms=0.5, seed=seed)
+    assert is_equal(train_with(files, lanes, k), reference())
+
+
+@pytest.mark.parametrize("held", [Lane.H2D, Lane.D2H], ids=str)
+def test_copies_may_be_as_late_as_they_like(files: Places, held: Lane) -> None:
+    assert is_equal(train_with(files, HeldLanes(CPU, held)), reference())
+
+
+# -- without one of the fences
+
+
+def without_finished_write(patch: Patch) -> None:
+    """The read does not wait for the write."""
+    patch.setattr(file_hop._Shelf, "ensure", lambda self: None)
+    slow(patch, "store", lambda: 5e-3)
+
+
+def without_free_buffer(patch: Patch) -> None:
+    """Copies go into buffers that have not been written yet."""
+    patch.setattr(file_hop._Regardless, "query", lambda self: True)
+    patch.setattr(file_hop._Regardless, "synchronize", lambda self: None)
+    slow(patch, "store", lambda: 5e-3)
+
+
+def without_finished_read(patch: Patch) -> None:
+    """The copy to the device does not wait for the read."""
+    h2d = Lanes.h2d
+
+    def early(self: Lanes, copies: Any, *, after: Any, label: Any) -> Any:
+        return h2d(self, copies, after=after[:1] if label.name == "A" else after, label=label)
+
+    patch.setattr(Lanes, "h2d", early)
+    slow(patch, "fetch", lambda: 5e-3)
+
+
+@pytest.mark.parametrize("remove", [without_finished_write, without_free_buffer, without_finished_read])
+def test_numbers_are_wrong(files: Places, remove: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    remove(monkeypatch)
+    assert not is_equal(train_with(files, ThreadLanes(CPU, None)), reference())
+
+
+# -- memory and files
+
+
+def test_buffers_and_files_are_used_again_in_every_step(files: Places) -> None:
+    module, found = chain(NUM_BLOCKS, dropout=0.1), []
+    with open_engine(module, ThreadLanes(CPU, None), choices=choices(Policy.OFFLOAD, NUM_BLOCKS), tier=files) as engine:
+        for _ in range(5):
+            train(module, batches(2), partial(engine.step, "train"))
+            found.append((files.disks["activations"].file.size, files.part("wire").allocated_bytes))
+        largest = max(slab.room_bytes for slab in files.disks["activations"].slabs)
+    assert len(set(found)) == 1
+    assert found[0][1] <= NUM_BUFFERS * largest
+
+
+def test_batches_of_other_sizes_use_the_same_files(files: Places) -> None:
+    module, reference_module = chain(NUM_BLOCKS), chain(NUM_BLOCKS)
+    inputs = [torch.randn(rows, 8, generator=torch.Generator().manual_seed(rows)) for rows in (300, 4, 700, 50, 700)]
+    policies = choices(Policy.OFFLOAD, NUM_BLOCKS)
+    with open_engine(module, ThreadLanes(CPU, None), choices=policies, tier=files) as engine:
+        found = train(module, inputs, partial(engine.step, "train"))
+        num_slabs = len(files.disks["activations"].slabs)
+    assert is_equal(found, train(reference_module, inputs))
+    assert num_slabs <= NUM_BLOCKS
+
+
+def test_graphs_that_nobody_goes_back_through_give_their_room_back(files: Places) -> None:
+    module, sizes = chain(NUM_BLOCKS), []
+    policies = choices(Policy.OFFLOAD, NUM_BLOCKS)
+    with open_engine(module, ThreadLanes(CPU, None), choices=policies, tier=files) as engine:
+        for x in batches(6):
+            with engine.step("train"):
+                module(x)
+            sizes.append(files.disks["activations"].file.size)
+    assert len(set(sizes[1:])) == 1
+
+
+def test_backward_after_the_session_reads_the_file(files: Places, monkeypatch: Patch) -> None:
+    slow(monkeypatch, "store", lambda: 2e-2)
+    expected = chain(4)
+    expected(batches(1)[0]).pow(2).mean().backward()
+    module = chain(4)
+    lanes = ThreadLanes(CPU, None)
+    with (
+        open_engine(module, lanes, choices=choices(Policy.OFFLOAD, 4), tier=files) as engine,
+        engine.step("train"),
+    ):
+        loss = module(batches(1)[0]).pow(2).mean()
+    loss.backward()
+    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad)
+
+
+# -- failures
+
+
+def broken(patch: Patch, name: str, after: int) -> list[str]:
+    """Let reads or writes of activations fail after so many; return a list that says which have."""
+    original, left, struck = getattr(DiskSlab, name), [after], []
+
+    def failing(self: DiskSlab, memory: Tensor) -> None:
+        if self._tier.kind == "activations":
+            left[0] -= 1
+            if left[0] < 0:
+                struck.append(name)
+                raise TransferError("the disk is gone")
+        original(self, memory)
+
+    patch.setattr(DiskSlab, name, failing)
+    return struck
+
+
+def one_step(model: Chain, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    model(x).pow(2).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["fetch", "store"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("others", [{}, {"weights": "disk", "states": "disk"}], ids=["alone", "with all else"])
+def test_failure_stops_backward_with_the_units_name_and_training_goes_on(
+    others: dict[str, str], name: str, after: int, monkeypatch: Patch
+) -> None:
+    xs, store = batches(4), {"activations": "disk", **others}
+    expected, model = chain(NUM_BLOCKS), chain(NUM_BLOCKS)
+    plain, optimizer = (torch.optim.AdamW(each.parameters(), lr=1e-2, foreach=False) for each in (expected, model))
+    for x in xs:
+        one_step(expected, plain, x)
+    with attach(model, optimizer, device="cpu", k=2, activations="offload", store=store) as pipe:
+        for x in xs[:2]:
+            one_step(model, optimizer, x)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with monkeypatch.context() as patched:
+            struck = broken(patched, name, after)
+            with pytest.raises(TransferError, match=r"unit 'blocks\.\d': the disk is gone"):
+                one_step(model, optimizer, xs[2])
+            assert struck
+        optimizer.zero_grad()
+        assert all(map(torch.equal, model.parameters(), before)), "the step has not happened"
+        for x in xs[2:]:
+            one_step(model, optimizer, x)
+        assert pipe.report().total.disk_written_bytes > 0
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
