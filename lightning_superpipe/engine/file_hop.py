@@ -1,7 +1,7 @@
 """The hop between host memory and a file that activations take: written behind forward, read ahead of backward.
 
 What a unit's call saved travels as one piece of the file, whatever it consists of, and past the page cache: by the
-mapping the same bytes take two to four times as long (experiments/07_disk). A few buffers stand between file and
+mapping the same bytes take three times as long (experiments/07_disk). A few buffers stand between file and
 device; a copy to the host waits until one of them has been written, and so does the device's memory.
 """
 

@@ -26,7 +26,7 @@ from lightning_superpipe.engine.parcels import HostPool, Parcel
 from lightning_superpipe.engine.slots import storage_key
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import TransferError
-from lightning_superpipe.tiers import Tier
+from lightning_superpipe.tiers import Tier, trim_heap
 
 __all__ = ["MIN_BYTES", "Offload"]
 
@@ -161,6 +161,7 @@ class Offload:
             batches, self._to_send = self._to_send, []
             for batch in batches:
                 self._send(batch)
+            self._note_freed()
 
     def _send(self, batch: _Batch) -> None:
         parcels = [parcel for parcel in batch.alive() if parcel.place is None]
@@ -193,6 +194,11 @@ class Offload:
             if (parcel := ref()) is not None:
                 parcel.let_go()
 
+    def _note_freed(self) -> None:
+        """Where files stand in for memory, what the heap has between two pieces that are in use is needed elsewhere."""
+        if self._files is not None and self._lanes.device.type == "cpu":
+            trim_heap()
+
     # -- backward
 
     def reached(self, unit: Unit) -> None:
@@ -220,6 +226,7 @@ class Offload:
         earlier = [each for each in self._newest_first() if each.index < batch.index][:1]
         for each in (batch, *earlier):
             self._fetch(each)
+        self._note_freed()
 
     def _part_with_done(self) -> None:
         """Hold nothing for copies that are done: what is on the device is the graph's to hold, and needed soon."""

@@ -34,7 +34,8 @@ def in_files(workload: Workload, config: SuperpipeConfig, need: HostNeed, speeds
         need: of host memory, without files.
         speeds: of the machine; without rates of a disk files take no time.
     """
-    kinds = stored_kinds(config) - {"gradients", "activations"}  # by mappings, when the system wants it
+    # Gradients go by mappings, when the system wants it; reads and writes of activations are not simulated.
+    kinds = stored_kinds(config) - {"gradients", "activations"}
     if not kinds:
         return InFiles(workload, need)
     sizes = [unit.weight_bytes for unit in workload.units]

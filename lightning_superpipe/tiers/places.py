@@ -26,8 +26,8 @@ class DiskTraffic(NamedTuple):
 
     Attributes:
         read: by requests; what the system pages in where somebody looks at a mapping is not known.
-        written: by requests, and by the engine through mappings (gradients, activations, what moves into files), each
-            time it writes them: the system writes such pages back once at most.
+        written: by requests, and by the engine through mappings (gradients, what moves into files), each time it writes
+            them: the system writes such pages back once at most.
     """
 
     read: int = 0

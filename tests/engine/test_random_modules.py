@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_superpipe.config import Adversary, Disk, SuperpipeConfig
+from lightning_superpipe.config import STORED_KINDS, Adversary, Disk, SuperpipeConfig
 from lightning_superpipe.session import Session
 from tests.engine.tiny import CPU, WIDTH, Block, Result, batches, is_equal
 
@@ -183,6 +183,7 @@ class Window(NamedTuple):
             k_prime=self.k_prime,
             update=self.update,
             store=store,
+            activations="offload" if store is EVERYTHING else "auto",
             disk=Disk(ring=self.ring),
             adversary=adversary,
         )
@@ -197,7 +198,8 @@ windows = st.builds(
     st.sampled_from(["auto", "auto", "at_once"]),
     st.integers(2, 5),
 )
-stores = st.sampled_from(["disk", {"states": "disk"}])
+EVERYTHING = dict.fromkeys(STORED_KINDS, "disk")
+stores = st.sampled_from(["disk", {"states": "disk"}, EVERYTHING])
 
 
 def run(module: nn.Module, loop: Loop, device: torch.device, session: Session | None = None) -> Result:
@@ -285,6 +287,7 @@ _PLAIN = Loop(fused=False, num_accumulated=1, clips=False, is_undisturbed=False,
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("everything_travels")
 @settings(max_examples=30)
 @given(recipe=recipes, window=windows, loop=loops, store=stores)
 @example(recipe=_LEAVES, window=_AT_ONCE, loop=_PLAIN, store={"states": "disk"})
