@@ -8,11 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from datetime import date
@@ -20,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from limits import limit_memory, remove_group
-from rates import measure
+from limits import limit_memory, run_worker
+from rates import measure, plain_rates
+from records import write_down
 from torch import Tensor, nn
+from work import traffic
 
 from lightning_superpipe import attach
 from lightning_superpipe.config import Disk
-from lightning_superpipe.observe.trace import software_versions
 from lightning_superpipe.tiers import DiskTier, Folder
 from lightning_superpipe.tiers.host import HostSlab
 from lightning_superpipe.tiers.requests import Requests
@@ -76,14 +74,6 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     return {"step_seconds": took, "moved": moved, "sums": [*sums, loss.item()], "limit_by": by}
 
 
-def traffic(pipe: Any) -> tuple[int, int]:
-    """Bytes read and written so far."""
-    if pipe is None:
-        return 0, 0
-    total = pipe.report().total
-    return total.disk_read_bytes, total.disk_written_bytes
-
-
 def compare(job: dict[str, Any]) -> dict[str, float]:
     """Write pieces and read them back, last one first: by the mapping, and by requests; return seconds of each."""
     options = Disk(folder=job["folder"])
@@ -112,13 +102,7 @@ def compare(job: dict[str, Any]) -> dict[str, float]:
 
 def run(work: str, job: dict[str, Any]) -> Any:
     """Do a job in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--work", work, json.dumps(job)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, errors = process.communicate()
-    remove_group(process.pid)
-    if process.returncode:
-        raise SystemExit(f"a worker ended with {process.returncode} (-9: killed for its memory): {errors[-2000:]}")
-    return json.loads(out.splitlines()[-1])
+    return run_worker(__file__, "--work", work, json.dumps(job))
 
 
 def pace(options: argparse.Namespace, folder: Path, products: int) -> dict[str, Any]:
@@ -129,9 +113,7 @@ def pace(options: argparse.Namespace, folder: Path, products: int) -> dict[str, 
     stored = run("train", limited)
     rates.append(measure(folder, SLAB_BYTES, 48, 2))
     ordinary.append(run("train", job))
-    read, write = (
-        statistics.median([one for each in rates for one in each[f"plain_{way}"]]) for way in ("read", "write")
-    )
+    read, write = plain_rates(rates)
     compute = statistics.median([one for each in ordinary for one in each["step_seconds"][1:]])
     step = statistics.median(stored["step_seconds"][1:])
     disk = stored["moved"][0] / read + stored["moved"][1] / write
@@ -176,14 +158,7 @@ def main() -> None:
         rows = [pace(options, Path(made), products) for products in options.products]
     if options.out is not None:
         path = HERE / options.out / f"{platform.machine()}-activations-{date.today()}.json"
-        content = {
-            "command": " ".join(["python", "experiments/07_disk/activations.py", *sys.argv[1:]]),
-            "machine": {"cores": os.cpu_count(), "platform": platform.platform()},
-            "versions": software_versions(),
-            "ways_s": ways,
-            "pace": rows,
-        }
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_down(path, "activations.py", options.folder, {"ways_s": ways, "pace": rows})
         print(path)
 
 

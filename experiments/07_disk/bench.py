@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -19,12 +16,11 @@ from typing import Any
 
 import torch
 from compare import GRID, measure_grid, prediction_lines
-from limits import remove_group
-from rates import Rates, measure
+from limits import run_worker
+from rates import Rates, measure, plain_rates
+from records import write_down
 from safetensors.torch import save_file
 from work import Job, network
-
-from lightning_superpipe.observe.trace import software_versions
 
 HERE = Path(__file__).resolve().parent
 MIB = 2**20
@@ -49,13 +45,7 @@ def write_weights(folder: Path, width: int, blocks: int, seed: int) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """Do a job in a process of its own."""
-    command = [sys.executable, "-W", "ignore", str(HERE / "work.py"), json.dumps(job._asdict())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, errors = process.communicate()
-    remove_group(process.pid)
-    if process.returncode:
-        raise SystemExit(f"a worker ended with {process.returncode} (-9: killed for its memory): {errors[-2000:]}")
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    found: dict[str, Any] = run_worker(str(HERE / "work.py"), json.dumps(job._asdict()))
     return found
 
 
@@ -107,9 +97,7 @@ def _paced(stored: dict[str, Any], ordinary: list[dict[str, Any]], around: list[
         # The first steps make states and fill caches; the last one's update has nothing to hide under.
         return statistics.median([each for run in found for each in run[name][2:]])
 
-    read, write = (
-        statistics.median([rate for rates in around for rate in rates[name]]) for name in ("plain_read", "plain_write")
-    )
+    read, write = plain_rates(around)
     step, compute = seconds([stored], "step_seconds"), seconds(ordinary, "step_seconds")
     disk = stored["read_bytes"] / read + stored["written_bytes"] / write
     row = {"step_s": step, "compute_s": compute, "disk_s": disk, "bound_s": max(compute, disk)}
@@ -210,22 +198,11 @@ def show(result: dict[str, Any]) -> None:
 def save(result: dict[str, Any], options: argparse.Namespace) -> Path:
     """Write the numbers and where they come from."""
     folder: Path = HERE / options.out
-    folder.mkdir(parents=True, exist_ok=True)
     words = [*options.stages]
     if "pace" in words:
         words += [*options.loops, *map(str, options.batches)]
     path = folder / f"{platform.machine()}-{'-'.join(words)}-{date.today()}.json"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    place = ["--folder", str(options.folder)]  # is this machine's business
-    given = [word for word in sys.argv[1:] if word not in place]
-    content = {
-        "command": " ".join(["python", "experiments/07_disk/bench.py", *given]),
-        "machine": {"cores": os.cpu_count(), "memory_bytes": memory, "platform": platform.platform()},
-        "versions": software_versions(),
-        "seed": 0,
-        **result,
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_down(path, "bench.py", options.folder, {"seed": 0, **result})
     return path
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path("/sys/fs/cgroup")
 _OWN_GROUP = Path("/proc/self/cgroup")
@@ -23,7 +27,18 @@ def limit_memory(num_bytes: int) -> str:
         return f"RLIMIT_DATA, for no control group can be made here ({error.strerror})"
 
 
-def remove_group(pid: int) -> None:
+def run_worker(*arguments: str) -> Any:
+    """Run a script in a process of its own, which may limit itself; return what its last line says, as JSON."""
+    command = [sys.executable, "-W", "ignore", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, errors = process.communicate()
+    _remove_group(process.pid)
+    if process.returncode:
+        raise SystemExit(f"a worker ended with {process.returncode} (-9: killed for its memory): {errors[-2000:]}")
+    return json.loads(out.splitlines()[-1])
+
+
+def _remove_group(pid: int) -> None:
     """Remove the control group that a process had made, once it is gone."""
     for folder in _parents():
         if (group := folder / _name(pid)).exists():

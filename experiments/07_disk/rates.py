@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -61,6 +62,14 @@ def measure(folder: Path, slab_bytes: int, num_slabs: int, rounds: int, *, with_
     requests.close()
     place.close()
     return found
+
+
+def plain_rates(around: list[Rates]) -> tuple[float, float]:
+    """Bytes per second that a plain loop reads and writes, medians of several measurements."""
+    read, write = (
+        statistics.median([rate for rates in around for rate in rates[name]]) for name in ("plain_read", "plain_write")
+    )
+    return read, write
 
 
 def _plainly(

@@ -121,11 +121,11 @@ def train(job: Job) -> dict[str, Any]:
         start = time.perf_counter()
         loss = model(torch.randn(job.batch, job.width, generator=generator)).pow(2).mean()
         forwards.append(time.perf_counter() - start)
-        before = _traffic(pipe) if number == job.steps - 1 else [0, 0]
+        before = traffic(pipe) if number == job.steps - 1 else [0, 0]
         with contextlib.nullcontext() if pipe is None or not job.announces else pipe.updating(optimizer):
             loss.backward()
             if number == job.steps - 1:
-                in_backward = [now - then for now, then in zip(_traffic(pipe), before, strict=True)]
+                in_backward = [now - then for now, then in zip(traffic(pipe), before, strict=True)]
             optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -147,7 +147,7 @@ def train(job: Job) -> dict[str, Any]:
     return found
 
 
-def _traffic(pipe: Any) -> list[int]:
+def traffic(pipe: Any) -> list[int]:
     """Bytes read from and written to files so far."""
     total = None if pipe is None else pipe.report().total
     return [0, 0] if total is None else [total.disk_read_bytes, total.disk_written_bytes]

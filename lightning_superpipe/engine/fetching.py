@@ -9,21 +9,33 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
-from lightning_superpipe.engine.host_lane import HostLane, Past
-from lightning_superpipe.engine.lanes import Event, Lanes, now
+from lightning_superpipe.engine.host_lane import HostLane, Past, Regardless
+from lightning_superpipe.engine.lanes import Event, Label, Lanes, now
 from lightning_superpipe.engine.pending import Pending
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.errors import TransferError
 from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.tiers import Slab, StoredSlab, Tier
 
-__all__ = ["Buffer", "FetchRing", "Fetched", "Kept", "Place", "Ring"]
+__all__ = ["Buffer", "FetchRing", "Fetched", "Kept", "Place", "Ring", "moving"]
+
+
+@contextlib.contextmanager
+def moving(lanes: Lanes, lane: Lane, label: Label, memory: Tensor) -> Iterator[None]:
+    """Scope of a read or write of files: it is recorded, and what fails names the unit."""
+    start = now()
+    try:
+        yield
+    except TransferError as error:
+        raise TransferError(f"unit {label.unit_name!r}: {error}") from error
+    if lanes.recorder is not None:
+        lanes.recorder.span(lane, label.name, label.unit, start, now(), memory.numel())
 
 
 class Place:
@@ -57,6 +69,11 @@ class Buffer(Place):
         self.free_after: Event = Past()
         self.holder: Unit | None = None
 
+    @property
+    def free(self) -> Event:
+        """Passes with ``free_after``, whether that has failed or not."""
+        return Regardless(self.free_after)
+
 
 class Ring:
     """Buffers that take turns.
@@ -78,8 +95,7 @@ class Ring:
             return None
         buffer.begin_turn()
         if buffer.slab.num_bytes < num_bytes:
-            with contextlib.suppress(Exception):  # who waits for a failed copy is told
-                buffer.free_after.synchronize()
+            buffer.free.synchronize()
             buffer.slab.close()
             buffer.slab = self._tier.allocate(num_bytes)
         self._buffers = [*(each for each in self._buffers if each is not buffer), buffer]
@@ -186,24 +202,18 @@ class FetchRing:
         target = buffer.piece(0, slab.room_bytes)
         pending = unit.pending
         updated = Past() if pending is None else pending.changed
-        ready = self._lane.submit(partial(self._read, unit, slab, target, buffer.free_after, pending), after=updated)
+        ready = self._lane.submit(partial(self._read, unit, slab, target, buffer.free, pending), after=updated)
         buffer.free_after = ready
         return Fetched(buffer, target[: slab.num_bytes], ready)
 
     def _read(self, unit: Unit, slab: StoredSlab, target: Tensor, free: Event, pending: Pending | None) -> None:
-        with contextlib.suppress(Exception):  # a copy that failed tells those who wait for it
-            free.synchronize()
+        free.synchronize()
         if pending is not None:
             if pending.left_over is not None and pending.left_over.copy_weights(slab, target):
                 return
             pending.done.synchronize()  # files hold new weights only then
-        start = now()
-        try:
+        with moving(self._lanes, Lane.READ, Label("P", unit.index, unit.name), target):
             slab.fetch(target)
-        except TransferError as error:
-            raise TransferError(f"unit {unit.name!r}: {error}") from error
-        if self._lanes.recorder is not None:
-            self._lanes.recorder.span(Lane.READ, "P", unit.index, start, now(), target.numel())
 
     # -- what stays for an update
 

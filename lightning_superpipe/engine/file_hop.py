@@ -7,21 +7,18 @@ device; a copy to the host waits until one of them has been written, and so does
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from lightning_superpipe.engine.fetching import Buffer, Ring
-from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past
-from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes, now
+from lightning_superpipe.engine.fetching import Buffer, Ring, moving
+from lightning_superpipe.engine.host_lane import HostEvent, HostLane, Past, Regardless
+from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.parcels import HostPool, Parcel, Place
-from lightning_superpipe.engine.slots import ALIGNMENT
-from lightning_superpipe.errors import TransferError
+from lightning_superpipe.engine.slots import aligned
 from lightning_superpipe.observe.trace import Lane
 from lightning_superpipe.tiers import StoredSlab, Tier, padded
 
@@ -61,20 +58,7 @@ class _Shelf:
         self.stored.synchronize()
 
     def __del__(self) -> None:
-        self._pool.give_back(Place(self.slab, _Regardless(self.last_use)))
-
-
-class _Regardless(NamedTuple):
-    """An event without its error: whoever needs the bytes is told, and nobody who only needs the memory."""
-
-    event: Event
-
-    def query(self) -> bool:
-        return self.event.query()
-
-    def synchronize(self) -> None:
-        with contextlib.suppress(Exception):
-            self.event.synchronize()
+        self._pool.give_back(Place(self.slab, Regardless(self.last_use)))
 
 
 class FileHop:
@@ -100,18 +84,16 @@ class FileHop:
         Returns:
             The end of the copies: the device's bytes are not needed any more.
         """
-        ends = list(accumulate(-(-source.numel() // ALIGNMENT) * ALIGNMENT for source in sources))
+        ends = list(accumulate(aligned(source.numel()) for source in sources))
         shelf = _Shelf(self._pool, padded(ends[-1]))
         buffer = self._take(shelf)
         starts = [0, *ends[:-1]]
         copies = [
             Copy(buffer.piece(start, source.numel()), source) for start, source in zip(starts, sources, strict=True)
         ]
-        copied = self._lanes.d2h(
-            copies, after=[self._lanes.compute_event(), _Regardless(buffer.free_after)], label=label
-        )
+        copied = self._lanes.d2h(copies, after=[self._lanes.compute_event(), buffer.free], label=label)
         write = partial(self._write, shelf.slab, buffer.piece(0, shelf.num_bytes), copied, label)
-        buffer.free_after = _Regardless(self._writes.submit(write, after=Past(), done=shelf.stored))
+        buffer.free_after = self._writes.submit(write, after=Past(), done=shelf.stored)
         for parcel, start in zip(parcels, starts, strict=True):
             parcel.place = Place(shelf.slab, None, start, shelf)
         return copied
@@ -123,10 +105,8 @@ class FileHop:
 
     def _write(self, slab: StoredSlab, memory: Tensor, copied: Event, label: Label) -> None:
         copied.synchronize()
-        start = now()
-        with _named(label):
+        with moving(self._lanes, Lane.WRITE, label, memory):
             slab.store(memory)
-        self._record(Lane.WRITE, label, start, memory)
 
     def fetch(self, parcels: Sequence[Parcel], targets: Sequence[Tensor], label: Label) -> list[Arrival]:
         """Queue the way of parcels back to the device.
@@ -134,52 +114,30 @@ class FileHop:
         Args:
             targets: where they go on the device, each uint8 and flat.
         """
-        of_shelves: dict[int, list[tuple[Parcel, Tensor]]] = {}
+        of_shelves: dict[_Shelf, list[tuple[Parcel, int, Tensor]]] = {}
         for parcel, target in zip(parcels, targets, strict=True):
-            assert parcel.place is not None, "the parcel was never sent"
-            of_shelves.setdefault(id(parcel.place.hold), []).append((parcel, target))
-        return [self._fetch(together, label) for together in of_shelves.values()]
+            place = parcel.place
+            assert place is not None and isinstance(place.hold, _Shelf), "it was sent from here"
+            of_shelves.setdefault(place.hold, []).append((parcel, place.start, target))
+        return [self._fetch(shelf, together, label) for shelf, together in of_shelves.items()]
 
-    def _fetch(self, together: list[tuple[Parcel, Tensor]], label: Label) -> Arrival:
-        place = together[0][0].place
-        assert place is not None and isinstance(place.hold, _Shelf), "it was sent from here"
-        shelf = place.hold
+    def _fetch(self, shelf: _Shelf, together: list[tuple[Parcel, int, Tensor]], label: Label) -> Arrival:
         buffer = self._take(shelf)
-        read = partial(self._read, shelf, buffer.piece(0, shelf.num_bytes), _Regardless(buffer.free_after), label)
+        read = partial(self._read, shelf, buffer.piece(0, shelf.num_bytes), buffer.free, label)
         ready = self._reads.submit(read, after=Past())
-        copies = [
-            Copy(target, buffer.piece(parcel.place.start, parcel.num_bytes))
-            for parcel, target in together
-            if parcel.place is not None
-        ]
+        copies = [Copy(target, buffer.piece(start, parcel.num_bytes)) for parcel, start, target in together]
         arrival = self._lanes.h2d(copies, after=[self._lanes.compute_event(), ready], label=label)
-        buffer.free_after = shelf.last_use = _Regardless(arrival)
-        return Arrival([parcel for parcel, _ in together], arrival)
+        buffer.free_after = shelf.last_use = arrival
+        return Arrival([parcel for parcel, *_ in together], arrival)
 
     def _read(self, shelf: _Shelf, memory: Tensor, free: Event, label: Label) -> None:
         free.synchronize()
         shelf.ensure()
-        start = now()
-        with _named(label):
+        with moving(self._lanes, Lane.READ, label, memory):
             shelf.slab.fetch(memory)
-        self._record(Lane.READ, label, start, memory)
-
-    def _record(self, lane: Lane, label: Label, start: float, memory: Tensor) -> None:
-        if self._lanes.recorder is not None:
-            self._lanes.recorder.span(lane, label.name, label.unit, start, now(), memory.numel())
 
     def close(self) -> None:
         """Finish what is under way and end the threads."""
         for lane in (self._writes, self._reads):
             lane.close()
         self._ring.close()
-
-
-@contextlib.contextmanager
-def _named(label: Label) -> Iterator[None]:
-    """Let what fails name the unit."""
-    try:
-        with torch.no_grad():
-            yield
-    except TransferError as error:
-        raise TransferError(f"unit {label.unit_name!r}: {error}") from error

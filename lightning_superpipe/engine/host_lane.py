@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from lightning_superpipe.engine.lanes import Event
 
-__all__ = ["HostEvent", "HostLane", "Past"]
+__all__ = ["HostEvent", "HostLane", "Past", "Regardless"]
 
 
 class HostEvent:
@@ -39,6 +40,19 @@ class Past:
 
     def synchronize(self) -> None:
         return
+
+
+class Regardless(NamedTuple):
+    """An event without its error: for whoever needs the memory and not the bytes. Who waits for the bytes is told."""
+
+    event: Event
+
+    def query(self) -> bool:
+        return self.event.query()
+
+    def synchronize(self) -> None:
+        with contextlib.suppress(Exception):
+            self.event.synchronize()
 
 
 class _Job(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lightning_superpipe.engine.slots import ALIGNMENT
+from lightning_superpipe.engine.slots import aligned
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.partition import is_streamable
 from lightning_superpipe.tiers import Tier
@@ -53,7 +53,7 @@ def lay_out(parameters: Sequence[nn.Parameter], wire: Wire | None = None) -> tup
     for parameter in parameters:
         offsets.append(end)
         num_bytes = parameter.nbytes if wire is None else wire.num_bytes(parameter)
-        end += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        end += aligned(num_bytes)
     return offsets, end
 
 

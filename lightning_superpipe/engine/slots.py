@@ -12,10 +12,19 @@ from lightning_superpipe.engine.backend import storage_address
 from lightning_superpipe.engine.lanes import Event
 from lightning_superpipe.errors import PlanError
 
-__all__ = ["ALIGNMENT", "Slot", "SlotPool", "storage_key", "storage_use_count"]
+__all__ = ["ALIGNMENT", "Slot", "SlotPool", "aligned", "storage_key", "storage_use_count"]
 
 # Bytes. Allocators of devices give at least this, and kernels may choose their path by it.
 ALIGNMENT = 256
+
+
+def aligned(num_bytes: int) -> int:
+    """Return the bytes that a piece takes among others in one memory.
+
+    >>> aligned(1), aligned(256), aligned(0)
+    (256, 256, 0)
+    """
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def storage_use_count(tensor: Tensor) -> int:

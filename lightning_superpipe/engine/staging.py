@@ -7,7 +7,6 @@ would take one cast for every update, and 2 more bytes per parameter.)
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_superpipe.engine.casting import cast_into
-from lightning_superpipe.engine.host_lane import HostLane, Past
+from lightning_superpipe.engine.host_lane import HostLane, Past, Regardless
 from lightning_superpipe.engine.lanes import Event
 from lightning_superpipe.engine.pending import unfenced
 from lightning_superpipe.engine.unit import Unit
@@ -81,7 +80,7 @@ class WireStaging:
             for host, offset, dtype in zip(unit.parameters, unit.offsets, unit.dtypes, strict=True)
         ]
         sources = unit.host_views(fetched)
-        ready = self._lane.submit(partial(_cast, buffer.free_after, views, sources), after=after)
+        ready = self._lane.submit(partial(_cast, Regardless(buffer.free_after), views, sources), after=after)
         return Staged(buffer, staged, views, ready)
 
     def _take(self, num_bytes: int) -> _Buffer:
@@ -101,8 +100,7 @@ class WireStaging:
 
 
 def _cast(free: Event, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    with contextlib.suppress(Exception):  # a copy that failed tells those who wait for it
-        free.synchronize()
+    free.synchronize()
     with unfenced(), torch.no_grad():
         for target, source in zip(targets, sources, strict=True):
             cast_into(target, source)

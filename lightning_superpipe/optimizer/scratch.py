@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_superpipe.engine.slots import ALIGNMENT
+from lightning_superpipe.engine.slots import aligned
 from lightning_superpipe.optimizer.masters import wants_master
 from lightning_superpipe.optimizer.state_size import state_tensor_sizes
 from lightning_superpipe.partition.anchors import is_dense
@@ -42,7 +42,7 @@ class Scratch:
         """Memory shaped as a tensor, contiguous where that is not dense; its contents are stale."""
         dtype = dtype or tensor.dtype
         start, num_bytes = self._end, tensor.numel() * dtype.itemsize
-        self._end += _aligned(num_bytes)
+        self._end += aligned(num_bytes)
         assert self._end <= self._buffer.numel(), "whoever takes a scratch has asked for its size"
         typed = self._buffer[start : start + num_bytes].view(dtype)
         return typed.as_strided(tensor.size(), tensor.stride()) if is_dense(tensor) else typed.view(tensor.size())
@@ -70,9 +70,5 @@ def scratch_bytes_of(parameters: Iterable[Tensor], optimizers: Iterable[Optimize
                         [size * wide for size in state_tensor_sizes(optimizer, group, parameter)],
                     ]
                     sizes.append(2 * [parameter.numel() * wide] if has_master else [])
-                    num_bytes += sum(_aligned(size) for kind in sizes for size in kind)
+                    num_bytes += sum(aligned(size) for kind in sizes for size in kind)
     return num_bytes
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

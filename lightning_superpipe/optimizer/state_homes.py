@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_superpipe.engine.backend import raw_tensors
-from lightning_superpipe.engine.slots import ALIGNMENT, storage_use_count
+from lightning_superpipe.engine.slots import aligned, storage_use_count
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.optimizer.state_size import missing_state_sizes
 from lightning_superpipe.tiers import StoredSlab, Tier, trim_heap
@@ -63,7 +63,7 @@ class StateHomes:
             for each, its_units in self._to_come.items()
             for unit in its_units
         )
-        self._tier.reserve(sum(map(_aligned, layout)) for layout in layouts)
+        self._tier.reserve(sum(map(aligned, layout)) for layout in layouts)
 
     def adopt(self, unit: Unit, optimizer: Optimizer) -> None:
         """Move the states of a unit's parameters into its slab, as far as they are not there: made or loaded anew.
@@ -100,7 +100,7 @@ class StateHomes:
             home.slab.close()
 
     def _allocate(self, layout: _Layout) -> StoredSlab:
-        slab = self._tier.allocate(sum(_aligned(size) for *_, size in layout))
+        slab = self._tier.allocate(sum(aligned(size) for *_, size in layout))
         assert isinstance(slab, StoredSlab), "homes are for files"
         return slab
 
@@ -113,7 +113,7 @@ def _move(slab: StoredSlab, tensors: list[Tensor]) -> int:
             tensor.data = slab.carve(offset, tensor).copy_(tensor)
             slab.note_written(tensor.nbytes)
             num_moved += 1
-        offset += _aligned(tensor.nbytes)
+        offset += aligned(tensor.nbytes)
     return num_moved
 
 
@@ -125,7 +125,3 @@ def _is_movable(value: Tensor) -> bool:
         and value.numel() > 1
         and storage_use_count(value) <= _LONE_USES
     )
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT

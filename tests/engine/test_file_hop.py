@@ -17,6 +17,7 @@ from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine import file_hop, offload
 from lightning_superpipe.engine.activations import Policy
 from lightning_superpipe.engine.file_hop import NUM_BUFFERS
+from lightning_superpipe.engine.host_lane import Regardless
 from lightning_superpipe.engine.lanes import Lanes
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.errors import TransferError
@@ -25,7 +26,7 @@ from lightning_superpipe.tiers import Places
 from lightning_superpipe.tiers.disk import DiskSlab
 from tests.engine.held_lanes import HeldLanes
 from tests.engine.policies import choices
-from tests.engine.test_offload import poisoned
+from tests.engine.test_offload import check_backward_after_the_session, poisoned
 from tests.engine.tiny import CPU, Chain, Result, batches, chain, is_equal, open_engine, train
 
 pytestmark = [pytest.mark.usefixtures("everything_travels"), pytest.mark.filterwarnings("ignore")]
@@ -97,8 +98,8 @@ def without_finished_write(patch: Patch) -> None:
 
 def without_free_buffer(patch: Patch) -> None:
     """Copies go into buffers that have not been written yet."""
-    patch.setattr(file_hop._Regardless, "query", lambda self: True)
-    patch.setattr(file_hop._Regardless, "synchronize", lambda self: None)
+    patch.setattr(Regardless, "query", lambda self: True)
+    patch.setattr(Regardless, "synchronize", lambda self: None)
     slow(patch, "store", lambda: 5e-3)
 
 
@@ -157,20 +158,7 @@ def test_graphs_that_nobody_goes_back_through_give_their_room_back(files: Places
 
 def test_backward_after_the_session_reads_the_file(files: Places, monkeypatch: Patch) -> None:
     slow(monkeypatch, "store", lambda: 2e-2)
-    expected = chain(4)
-    expected(batches(1)[0]).pow(2).mean().backward()
-    module = chain(4)
-    lanes = ThreadLanes(CPU, None)
-    with (
-        open_engine(module, lanes, choices=choices(Policy.OFFLOAD, 4), tier=files) as engine,
-        engine.step("train"),
-    ):
-        loss = module(batches(1)[0]).pow(2).mean()
-    loss.backward()
-    for one, other in zip(module.parameters(), expected.parameters(), strict=True):
-        assert one.grad is not None
-        assert other.grad is not None
-        assert torch.equal(one.grad, other.grad)
+    check_backward_after_the_session(files)
 
 
 # -- failures

@@ -19,7 +19,7 @@ from lightning_superpipe.engine.offload import Offload
 from lightning_superpipe.engine.parcels import HostPool, Parcel
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.observe.trace import Lane
-from lightning_superpipe.tiers import HostTier
+from lightning_superpipe.tiers import HostTier, Tier
 from tests.engine.held_lanes import HeldLanes
 from tests.engine.late_lanes import LANE_ORDERS, LaneOrder, LateCompute, LateLanes
 from tests.engine.policies import choices
@@ -315,18 +315,21 @@ def test_an_activation_that_is_written_to_is_an_error_as_ever() -> None:
             loss.backward()
 
 
-def test_backward_after_the_session_reads_the_host() -> None:
-    expected = chain(3)
+def check_backward_after_the_session(tier: Tier | None = None) -> None:
+    expected, module = chain(4), chain(4)
     expected(batches(1)[0]).pow(2).mean().backward()
-    module = chain(3)
-    offloading = choices(Policy.OFFLOAD, 3)
-    with open_engine(module, ThreadLanes(CPU, None), choices=offloading) as engine, engine.step("train"):
+    offloading = choices(Policy.OFFLOAD, 4)
+    with open_engine(module, ThreadLanes(CPU, None), choices=offloading, tier=tier) as engine, engine.step("train"):
         loss = module(batches(1)[0]).pow(2).mean()
     loss.backward()
     for one, other in zip(module.parameters(), expected.parameters(), strict=True):
         assert one.grad is not None
         assert other.grad is not None
         assert torch.equal(one.grad, other.grad)
+
+
+def test_backward_after_the_session_reads_the_host() -> None:
+    check_backward_after_the_session()
 
 
 def test_weights_and_anchors_never_travel_as_activations() -> None:

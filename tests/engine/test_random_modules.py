@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_superpipe.config import STORED_KINDS, Adversary, Disk, SuperpipeConfig
+from lightning_superpipe.config import Adversary, Disk, SuperpipeConfig
 from lightning_superpipe.session import Session
+from tests.disk.loops import EVERYTHING
 from tests.engine.tiny import CPU, WIDTH, Block, Result, batches, is_equal
 
 # -- modules
@@ -198,7 +199,6 @@ windows = st.builds(
     st.sampled_from(["auto", "auto", "at_once"]),
     st.integers(2, 5),
 )
-EVERYTHING = dict.fromkeys(STORED_KINDS, "disk")
 stores = st.sampled_from(["disk", {"states": "disk"}, EVERYTHING])
 
 
