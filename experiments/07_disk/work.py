@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import threading
 import time
@@ -192,11 +191,11 @@ def train_by_trainer(job: Job) -> dict[str, Any]:
 
 
 def _cpu_seconds() -> dict[str, float]:
-    """Processor time of each thread that is alive, by its name."""
-    tick = os.sysconf("SC_CLK_TCK")
-    files = {each.name: Path(f"/proc/self/task/{each.native_id}/stat") for each in threading.enumerate()}
-    fields = {name: file.read_text().rpartition(")")[2].split() for name, file in files.items()}
-    return {name: (int(each[11]) + int(each[12])) / tick for name, each in fields.items()}
+    """Processor time of each thread that is alive, by its name; one that is just starting or ending has none."""
+    import psutil
+
+    spent = {each.id: each.user_time + each.system_time for each in psutil.Process().threads()}
+    return {each.name: spent[each.native_id] for each in threading.enumerate() if each.native_id in spent}
 
 
 def _tensors(model: Any, optimizer: Any) -> Iterator[Any]:
