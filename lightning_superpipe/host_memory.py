@@ -18,12 +18,13 @@ from lightning_superpipe.optimizer.masters import MASTER, wants_master
 from lightning_superpipe.optimizer.state_size import missing_state_bytes
 from lightning_superpipe.partition import UnitTable
 from lightning_superpipe.planning.budget import MemoryNeed
-from lightning_superpipe.planning.disk_tier import FileChoice, choose_files
+from lightning_superpipe.planning.disk_tier import FileChoice, choose_files, with_files
 from lightning_superpipe.planning.host_budget import HostNeed
+from lightning_superpipe.planning.workload import Workload
 from lightning_superpipe.tiers import Tier, is_mapped
 
 __all__ = ["choose_for", "files_for", "held_bytes", "host_limit", "host_need", "need_beside_files", "require_host"]
-__all__ += ["stored_kinds", "training_bytes", "unit_sizes"]
+__all__ += ["need_of_run", "stored_kinds", "training_bytes", "unit_sizes", "with_store"]
 
 _MASTER_BYTES = torch.float32.itemsize
 _ADAMW_STATES = 2
@@ -67,7 +68,7 @@ def host_need(
     return HostNeed(weights, staging, gradients, states + missing, masters, held=held)
 
 
-def require_host(
+def need_of_run(
     root: nn.Module,
     optimizers: Sequence[Optimizer],
     config: SuperpipeConfig,
@@ -75,16 +76,46 @@ def require_host(
     wire: Wire,
     units: UnitTable,
     files: FileChoice,
-) -> None:
+) -> HostNeed:
+    """What is known of a run's need of host memory, beside files."""
+    need = host_need(root, optimizers, config, device_need, wire)
+    return need_beside_files(config, need, unit_sizes(units), files)
+
+
+def require_host(need: HostNeed, config: SuperpipeConfig) -> None:
     """Make sure that the host can hold what is known of a training.
+
+    Args:
+        need: beside files.
 
     Raises:
         BudgetError: it cannot.
     """
-    need = host_need(root, optimizers, config, device_need, wire)
-    need = need_beside_files(config, need, unit_sizes(units), files)
     limit = config.host_memory if isinstance(config.host_memory, int) else None
     need.check(available=available_bytes(), limit=limit)
+
+
+def with_store(
+    workload: Workload, config: SuperpipeConfig, units: UnitTable, files: FileChoice, need: HostNeed
+) -> Workload:
+    """Return a workload with what its store means: the part in files, and host memory for what is on its way.
+
+    Args:
+        units: of the module, those of the workload among them.
+        need: of host memory, beside files.
+    """
+    rows = [row for row in units if row.role == "unit"]
+    sizes = {row.name: row.num_bytes for row in rows}
+    stay = {row.name for index, row in enumerate(rows) if index in files.in_memory}
+    names = [unit.name for unit in workload.units]
+    stored = with_files(
+        workload,
+        stored_kinds(config),
+        {place for place, name in enumerate(names) if name in stay},
+        ring=files.ring,
+        sizes=[sizes[name] for name in names],
+    )
+    return replace(stored, staging_bytes=need.staging + need.undo)
 
 
 def need_beside_files(config: SuperpipeConfig, need: HostNeed, sizes: Sequence[int], files: FileChoice) -> HostNeed:

@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from lightning_superpipe.config import STORED_KINDS, SuperpipeConfig
 from lightning_superpipe.engine.activations import Activations
 from lightning_superpipe.errors import UnsupportedError
-from lightning_superpipe.planning.budget import MemoryNeed, choose_k, choose_residents
+from lightning_superpipe.planning.budget import AUTO_K, MemoryNeed, choose_k, choose_residents
 from lightning_superpipe.planning.choose import Asked
 from lightning_superpipe.planning.workload import Setting
 
-__all__ = ["asked_of", "first_setting", "may_step_aside", "refuse_announced"]
+__all__ = ["asked_of", "first_setting", "may_step_aside", "most_slots", "refuse_announced"]
 
 
 def asked_of(
-    config: SuperpipeConfig, setting: Setting, activations: Activations, order: Sequence[int], *, has_limit: bool
+    config: SuperpipeConfig,
+    setting: Setting,
+    activations: Activations,
+    order: Sequence[int],
+    *,
+    has_limit: bool,
+    shares_memory: bool,
 ) -> Asked:
     """Return what a choice must keep: a knob that is not open stays as the setting has it.
 
@@ -24,6 +30,7 @@ def asked_of(
     Args:
         order: units by their use, in which policies count.
         has_limit: it is known how much the device has.
+        shares_memory: the device is the host.
     """
     opens_k = config.k == "auto"
     is_limited = config.device_memory is not None or (opens_k and has_limit)
@@ -37,7 +44,16 @@ def asked_of(
         micro_batches=None if is_limited and config.micro_batches == "auto" else setting.micro_batches,
         update=setting.update,
         update_on_device=setting.update_on_device,
+        most_slots=None if has_limit else most_slots(config, shares_memory=shares_memory),
     )
+
+
+def most_slots(config: SuperpipeConfig, *, shares_memory: bool) -> int | None:
+    """Return how many slots are wanted at most where no limit says so; None for any number.
+
+    Weights that lie in files are not to fill the memory that they were kept out of, where the device is the host.
+    """
+    return AUTO_K if shares_memory and config.is_on_disk("weights") else None
 
 
 def may_step_aside(config: SuperpipeConfig) -> bool:

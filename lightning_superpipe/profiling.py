@@ -51,6 +51,7 @@ class Profiler:
     Args:
         optimizers: returns those of the run.
         kept_bytes: returns what stays on the device beside slots, or would stay.
+        with_store: returns a workload with what lies in files, see :func:`lightning_superpipe.host_memory.with_store`.
         pinned: copies are from and to page-locked memory.
     """
 
@@ -62,10 +63,11 @@ class Profiler:
         trains: bool,
         optimizers: Callable[[], Sequence[Optimizer]],
         kept_bytes: Callable[[], KeptBytes],
+        with_store: Callable[[Workload], Workload],
         pinned: bool = True,
     ) -> None:
         self._engine, self._meter, self._trains, self._pinned = engine, meter, trains, pinned
-        self._optimizers, self._kept_bytes = optimizers, kept_bytes
+        self._optimizers, self._kept_bytes, self._with_store = optimizers, kept_bytes, with_store
         self._hooks: list[Any] = []
         self._trail: list[Boundary] = []
         self._held: list[Held] = []
@@ -265,7 +267,7 @@ class Profiler:
             is_host = not is_separate(self._engine.device)
             workload = with_kernels(workload, machine, shares_memory=is_host, share=share)
         return UnitProfile(
-            workload,
+            self._with_store(workload),
             speeds_of(self._spans, None if machine is None else machine.speeds(pinned=self._pinned)),
             replace(setting, activations=policies),
             times.order,

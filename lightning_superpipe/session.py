@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_superpipe import host_memory as host
 from lightning_superpipe.accounts import counters_of, finish_recording, kept_bytes, make_report, static_bytes
 from lightning_superpipe.aside import AsideRule, move_as_it_fits
 from lightning_superpipe.at_exit import close_at_exit
 from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.construction import make_tuner
 from lightning_superpipe.device_memory import device_limit
 from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.choices import may_pin, memory_need, wire_of
@@ -26,7 +28,6 @@ from lightning_superpipe.engine.construction import make_engine
 from lightning_superpipe.engine.follower import TRAIN
 from lightning_superpipe.engine.swap import refuse_streamed
 from lightning_superpipe.guard import StepGuard
-from lightning_superpipe.host_memory import files_for, held_bytes, host_limit, require_host, training_bytes
 from lightning_superpipe.knobs import first_setting, refuse_announced
 from lightning_superpipe.observe.host_bytes import HostBytes
 from lightning_superpipe.observe.meter import Meter
@@ -45,11 +46,12 @@ from lightning_superpipe.optimizer import (
 )
 from lightning_superpipe.partition import UnitTable, partition, unit_table
 from lightning_superpipe.planning.budget import refuse_updates
+from lightning_superpipe.planning.host_budget import HostNeed
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.promotions import report_promotions
 from lightning_superpipe.rewind import OutOfDeviceMemory
 from lightning_superpipe.tiers import Places
-from lightning_superpipe.tuning import Tuner, make_tuner
+from lightning_superpipe.tuning import Tuner
 
 __all__ = ["FusedChoice", "OutOfDeviceMemory", "Session", "UnitTable", "sparsely_differentiated", "wants_fused"]
 
@@ -100,8 +102,8 @@ class Session:
         self.units: UnitTable = unit_table(root, found, k=start.k)
         self._need, self._budget, self._root, self._of = need, budget, root, weakref.ref(root)
         self._optimizers = list(optimizers)
-        self._files = files_for(root, self._optimizers, config, need, self._wire, self.units)
-        self._require_host()
+        self._files = host.files_for(root, self._optimizers, config, need, self._wire, self.units)
+        host.require_host(self._host_need(), self.config)
         # What is cast on the way is copied from staging memory: its masters need no page lock.
         self._tier = Places(config, pin=may_pin(config, device) and self._wire.dtype is None, trains=trains)
         scope = self._call_scope if owns_root else None
@@ -145,20 +147,23 @@ class Session:
             limit=limit,
             optimizers=lambda: self._optimizers,
             kept_bytes=lambda: kept_bytes(self._engine, self._updates, self._need),
-            host_limit=lambda: host_limit(self.config, self._held()),
+            with_store=lambda found: host.with_store(found, self.config, self.units, self._files, self._host_need()),
+            host_limit=lambda: host.host_limit(self.config, self._held()),
             machine=self._machine,
             tell=self._tell,
         )
 
     def _ordinary_bytes(self) -> tuple[int, int, int]:
-        return training_bytes(self._root, self._optimizers, has_gradients=self._num_steps > 0)
+        return host.training_bytes(self._root, self._optimizers, has_gradients=self._num_steps > 0)
 
     def _held(self) -> HostBytes:
         scratch = 0 if self._masters is None else self._masters.scratch_bytes
-        return held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch)
+        return host.held_bytes(self._root, self._optimizers, self._tier, scratch_bytes=scratch)
 
-    def _require_host(self) -> None:
-        require_host(self._root, self._optimizers, self.config, self._need, self._wire, self.units, self._files)
+    def _host_need(self) -> HostNeed:
+        return host.need_of_run(
+            self._root, self._optimizers, self.config, self._need, self._wire, self.units, self._files
+        )
 
     # -- steps
 
@@ -284,7 +289,7 @@ class Session:
         self._optimizers = optimizers_of(self._root, optimizers)
         if self._optimizers:
             self._tuner.begin_training()
-        self._require_host()
+        host.require_host(self._host_need(), self.config)
         if self.trains:
             self._engine.gradients.homes.reserve(self._root.parameters())
         if self._updates is not None:
@@ -299,7 +304,8 @@ class Session:
         Args:
             lends: nobody looks at them behind the step either, up to the next one's backward.
         """
-        if not self.is_open or self._updates is None or self._tuner.is_new:
+        is_new = self._tuner.is_new and self.guard.attempts.is_open  # else the step that has begun is over
+        if not self.is_open or self._updates is None or is_new:
             return contextlib.nullcontext()
         return self._updates.announced(optimizer, lends=lends)
 

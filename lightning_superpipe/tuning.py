@@ -14,25 +14,22 @@ from typing import NamedTuple
 
 import torch
 from humanize import naturalsize
-from torch.optim import Optimizer
 
 from lightning_superpipe.config import SuperpipeConfig
-from lightning_superpipe.engine.backend import is_separate
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning
 from lightning_superpipe.knobs import asked_of
 from lightning_superpipe.observe.machine import MachineProfile
-from lightning_superpipe.observe.meter import Meter
 from lightning_superpipe.observe.unit_profile import UnitProfile
-from lightning_superpipe.planning.budget import KeptBytes, MemoryNeed
+from lightning_superpipe.planning.budget import MemoryNeed
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose
 from lightning_superpipe.planning.compare import missed
 from lightning_superpipe.planning.fall_back import knobs, shortage, smaller
 from lightning_superpipe.planning.workload import Setting
 from lightning_superpipe.profiling import Profiler
 
-__all__ = ["Tuner", "make_tuner"]
+__all__ = ["Tuner"]
 
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
 _NUM_TIMED_STEPS = 3
@@ -51,39 +48,6 @@ class _Outcome(NamedTuple):
     peak_bytes: int
 
 
-def make_tuner(
-    engine: Engine,
-    meter: Meter,
-    config: SuperpipeConfig,
-    start: Setting,
-    *,
-    trains: bool,
-    need: MemoryNeed,
-    limit: int | None,
-    optimizers: Callable[[], Sequence[Optimizer]],
-    kept_bytes: Callable[[], KeptBytes],
-    host_limit: Callable[[], int],
-    machine: Callable[[], MachineProfile | None],
-    tell: Callable[[str], None],
-) -> Tuner:
-    """Return the tuner of a run, with what measures for it; the arguments are theirs."""
-    pinned = config.pin_memory is not False
-    profiler = Profiler(engine, meter, trains=trains, optimizers=optimizers, kept_bytes=kept_bytes, pinned=pinned)
-    return Tuner(
-        engine,
-        profiler,
-        config,
-        replace(start, activations=engine.activations.policies()),
-        trains=trains,
-        need=need,
-        limit=limit,
-        host_limit=host_limit,
-        machine=machine,
-        emulated=not is_separate(engine.device),
-        tell=tell,
-    )
-
-
 class Tuner:
     """Chooses the knobs that the configuration leaves open, between steps of one kind.
 
@@ -94,6 +58,7 @@ class Tuner:
         limit: device bytes; None for any number.
         host_limit: returns the host bytes that all may take.
         machine: returns what was measured of the machine; None where nothing was.
+        emulated: the device is the host.
         tell: says something to the user.
 
     Attributes:
@@ -246,7 +211,14 @@ class Tuner:
         return None in (asked.k, asked.resident, asked.micro_batches, *asked.activations)
 
     def _asked(self, order: Sequence[int]) -> Asked:
-        return asked_of(self._config, self.setting, self._engine.activations, order, has_limit=self._limit is not None)
+        return asked_of(
+            self._config,
+            self.setting,
+            self._engine.activations,
+            order,
+            has_limit=self._limit is not None,
+            shares_memory=self._emulated,
+        )
 
     # -- the choice
 

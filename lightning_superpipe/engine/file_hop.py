@@ -20,12 +20,10 @@ from lightning_superpipe.engine.lanes import Copy, Event, Label, Lanes
 from lightning_superpipe.engine.parcels import HostPool, Parcel, Place
 from lightning_superpipe.engine.slots import aligned
 from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.planning.need import ACTIVATION_BUFFERS
 from lightning_superpipe.tiers import StoredSlab, Tier, padded
 
-__all__ = ["NUM_BUFFERS", "Arrival", "FileHop"]
-
-NUM_BUFFERS = 3
-"""One is copied from or to, one is written or read, one is next."""
+__all__ = ["Arrival", "FileHop"]
 
 
 class Arrival(NamedTuple):
@@ -71,7 +69,7 @@ class FileHop:
 
     def __init__(self, pool: HostPool, memory: Tier, lanes: Lanes) -> None:
         self._pool, self._lanes = pool, lanes
-        self._ring = Ring(memory, NUM_BUFFERS)
+        self._ring = Ring(memory, ACTIVATION_BUFFERS)
         self._writes = HostLane("superpipe-write-activations")
         self._reads = HostLane("superpipe-read-activations")
 

@@ -22,11 +22,12 @@ from lightning_superpipe.forecast.files import in_files
 from lightning_superpipe.forecast.machine import machine_profile
 from lightning_superpipe.forecast.played import MakeOptimizer, PlayedStep, Step, play
 from lightning_superpipe.forecast.workload import workload_on
-from lightning_superpipe.knobs import may_step_aside
+from lightning_superpipe.knobs import may_step_aside, most_slots
 from lightning_superpipe.observe import MachineProfile, find_profile
 from lightning_superpipe.observe.kernels import with_kernels
 from lightning_superpipe.planning.aside import OrdinaryNeed, ordinary_need
 from lightning_superpipe.planning.choose import Asked, Choice, Limits, choose, needed_bytes
+from lightning_superpipe.planning.disk_work import DiskWork
 from lightning_superpipe.planning.free_batch import FreeBatch, smallest_free_batch
 from lightning_superpipe.planning.prediction import Prediction
 from lightning_superpipe.planning.simulate import simulate
@@ -77,6 +78,7 @@ class Forecast:
         free: from which batch on copies and updates are hidden.
         recomputes: units compute their forward again in backward.
         remarks: what had to be assumed.
+        endurance_tb: what may be written in the drive's life, 10^12 bytes; None if not known.
     """
 
     machine: MachineProfile
@@ -91,6 +93,7 @@ class Forecast:
     free: FreeBatch
     recomputes: bool
     remarks: tuple[str, ...]
+    endurance_tb: float | None = None
 
     def __str__(self) -> str:
         return "\n".join(line.rstrip() for line in self._lines())
@@ -109,6 +112,8 @@ class Forecast:
             f"Host memory: {_size(host.total)} ({_size(host.weights)} of weights, {_size(host.gradients)} of "
             f"gradients, {_size(host.states + host.masters)} of optimizer states)."
         )
+        if self.choice is not None and (disk := self.choice.prediction.disk) != DiskWork():
+            yield f"Files: {disk}: {disk.wear(self.endurance_tb)}."
         yield from self._free_batch()
         yield from (f"Assumed: {remark}." for remark in self.remarks)
         yield _NOT_COUNTED
@@ -222,11 +227,12 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
     if config.update_on_device == "auto":
         remarks += ("no unit is updated on the device: update_on_device='auto' is decided in the run",)
     speeds = profile.speeds(pinned=config.pin_memory is not False)
-    limits, asked = _limits(profile, config), _asked(profile, played, config)
+    limits = _limits(profile, config)
+    asked = _asked(profile, played, config, has_limit=limits.device_bytes is not None)
     on_machine = workload_on(profile, played, host)
     if asked.update_on_device:
         on_machine = with_kernels(on_machine, profile, shares_memory=profile.emulated)
-    found = in_files(on_machine, config, played.host, speeds)
+    found = in_files(on_machine, config, played.table, played.host, speeds)
     workload, played, remarks = found.workload, replace(played, host=found.host), remarks + found.remarks
     try:
         choice, refusal = choose(workload, speeds, limits, asked), ""
@@ -246,6 +252,7 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
         free=smallest_free_batch(workload, speeds, recompute=recomputes),
         recomputes=recomputes,
         remarks=remarks,
+        endurance_tb=None if config.disk is None else config.disk.endurance_tb,
     )
 
 
@@ -264,7 +271,7 @@ def _limits(profile: MachineProfile, config: SuperpipeConfig) -> Limits:
     return Limits(device, config.host_memory if isinstance(config.host_memory, int) else None)
 
 
-def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig) -> Asked:
+def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig, *, has_limit: bool) -> Asked:
     names = [unit.tape.name for unit in played.units]
     policies: tuple[str | None, ...] = ()
     parts = config.first_micro_batches
@@ -281,7 +288,9 @@ def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig)
         k_prime = None
     update = config.update
     if update == "auto":
-        update = "at_once" if profile.emulated and not config.update_on_device else "after_backward"
+        is_stored = config.is_on_disk("weights") or config.is_on_disk("states")
+        gains_nothing = profile.emulated and not config.update_on_device and not is_stored
+        update = "at_once" if gains_nothing else "after_backward"
     return Asked(
         k=config.k if isinstance(config.k, int) else None,
         k_prime=k_prime,
@@ -290,6 +299,7 @@ def _asked(profile: MachineProfile, played: PlayedStep, config: SuperpipeConfig)
         micro_batches=None if config.micro_batches == "auto" else parts,
         update=update,
         update_on_device=0.0 if config.update_on_device == "auto" else float(config.update_on_device),
+        most_slots=None if has_limit else most_slots(config, shares_memory=profile.emulated),
     )
 
 

@@ -39,6 +39,7 @@ class Preview:
         disk: what a training step with AdamW, all weights trained, moves between files and memory; None without files.
         files: what the options leave open about files; None without files.
         endurance_tb: what may be written in the drive's life, 10^12 bytes; None if not known.
+        has_activations_in_files: they go there, as far as they are offloaded; their bytes are not known here.
     """
 
     units: UnitTable
@@ -50,6 +51,7 @@ class Preview:
     disk: DiskWork | None = None
     files: FileChoice | None = None
     endurance_tb: float | None = None
+    has_activations_in_files: bool = False
 
     @property
     def h2d_bytes(self) -> int:
@@ -64,11 +66,10 @@ class Preview:
         """Return what files cost, if there are any."""
         if self.disk is None or self.files is None:
             return []
-        life = "set disk.endurance_tb to see what that costs of the drive's life"
-        if self.endurance_tb is not None:
-            life = f"{self.disk.life(self.endurance_tb):.2e} of the drive's life"
         num_units = sum(row.role == "unit" for row in self.units)
-        return [f"Files: {self.disk}, trained with AdamW: {life}; {self.files.describe(num_units)}."]
+        others = "; activations that go there come on top" if self.has_activations_in_files else ""
+        wear = self.disk.wear(self.endurance_tb)
+        return [f"Files: {self.disk}, trained with AdamW{others}: {wear}; {self.files.describe(num_units)}."]
 
     def _window(self) -> str:
         slots = self.k * self.units.largest.num_bytes
@@ -119,12 +120,13 @@ def preview(module: nn.Module, config: SuperpipeConfig) -> Preview:
         disk=_disk_work(config, units, training, files),
         files=files,
         endurance_tb=None if config.disk is None else config.disk.endurance_tb,
+        has_activations_in_files=config.is_on_disk("activations"),
     )
 
 
 def _disk_work(config: SuperpipeConfig, units: UnitTable, plan: Plan, files: FileChoice) -> DiskWork | None:
     """What a step reads and writes, where kinds are in files."""
-    kinds = stored_kinds(config) - {"activations"}
+    kinds = stored_kinds(config)
     if not kinds:
         return None
     weights, states, gradients = (kind in kinds for kind in ("weights", "states", "gradients"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from lightning_superpipe.observe.disk_times import disk_seconds
 from lightning_superpipe.observe.trace import Lane, Span
 from lightning_superpipe.planning.workload import ALIKE, Curve, Speeds
 
@@ -129,24 +130,34 @@ class _Sums(NamedTuple):
 
 
 def speeds_of(spans: Iterable[Span], machine: Speeds | None = None) -> Speeds:
-    """Return how fast the copies of a run were, by their sizes; what was never copied is free.
+    """Return how fast the copies of a run were, by their sizes; what was never copied is free. Likewise its files.
 
     Args:
         spans: of the run.
         machine: what was measured of the machine before. It tells what a run does not see: how both ways disturb each
             other, and sizes that are not copied yet, as much slower or faster as the run's own copies are. Only copies
-            that nothing disturbed count then, as far as there are some.
+            that nothing disturbed count then, as far as there are some. Of files it counts where the run has none.
 
     >>> speeds_of([Span(Lane.H2D, "P", 0, 0.0, 0.25, 1000)]).h2d.seconds(2000)
     0.5
     """
+    spans = list(spans)
     copies = [span for span in spans if span.num_bytes and span.lane in (Lane.H2D, Lane.D2H)]
+    of_disk = disk_seconds(spans)
+    read, write = of_disk[Lane.READ], of_disk[Lane.WRITE]
     if machine is None:
-        return Speeds(h2d=_curve(_seen(copies, Lane.H2D)), d2h=_curve(_seen(copies, Lane.D2H)))
+        return Speeds(
+            h2d=_curve(_seen(copies, Lane.H2D)),
+            d2h=_curve(_seen(copies, Lane.D2H)),
+            disk_read=_curve(read) if read else None,
+            disk_write=_curve(write) if write else None,
+        )
     return Speeds(
         h2d=_completed(_seen(copies, Lane.H2D, alone=machine.both is not None), machine.h2d),
         d2h=_completed(_seen(copies, Lane.D2H, alone=machine.both is not None), machine.d2h),
         both=machine.both,
+        disk_read=_curve(read) if read else machine.disk_read,
+        disk_write=_curve(write) if write else machine.disk_write,
     )
 
 

@@ -83,10 +83,12 @@ class UnitProfile:
     def _from_dict(cls, state: dict[str, Any]) -> UnitProfile:
         work = dict(state.pop("workload"))
         units = tuple(UnitWork(**{**unit, "policies": tuple(unit["policies"])}) for unit in work.pop("units"))
-        batch_bytes = tuple(work.pop("batch_bytes", ()))  # older files have none
+        batch_bytes, in_files = (
+            tuple(work.pop(name, ())) for name in ("batch_bytes", "in_files")
+        )  # not in older files
         setting = state.pop("setting")
         return cls(
-            workload=Workload(units=units, batch_bytes=batch_bytes, **work),
+            workload=Workload(units=units, batch_bytes=batch_bytes, in_files=in_files, **work),
             speeds=Speeds(**{name: _read(value) for name, value in state.pop("speeds").items()}),
             setting=Setting(**{**setting, "activations": tuple(setting["activations"])}),
             indices=tuple(state.pop("indices")),

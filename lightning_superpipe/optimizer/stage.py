@@ -347,7 +347,7 @@ class UpdateStage:
         """The backward pass is over, and with it the gradients are complete; return what has been updated."""
         announced, self._announced = self._announced, None
         self._engine.gradients.on_home = self._engine.gradients.may_lend = None
-        if announced is not None:
+        if announced is not None and announced.home:  # none came home where it was suspended
             self._once = {index for index, home in announced.home.items() if max(home.values()) == 1}
         if announced is None or optimizer not in (None, announced.optimizer):
             return {}

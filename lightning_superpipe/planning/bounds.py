@@ -56,7 +56,7 @@ class StepBounds:
         workload, (forward_s, backward_s) = self.workload, self._compute_s
         if not workload.trains:
             return forward_s
-        n, home_s = len(workload.units), sum(self._gradient_s)
+        n, home_s, disk_s = len(workload.units), sum(self._gradient_s), self._disk_s
         there = updated_there(workload, setting)  # of these none may have to be loaded: slots are updated as well
         there_s, update_s = self._reload_s(setting, there), self._update_s(there)
         if setting.activations:
@@ -67,6 +67,7 @@ class StepBounds:
                 elif policy == "offload" and index < n - 1:
                     home_s += self.speeds.d2h.seconds(unit.offload_bytes)
                     there_s += self.speeds.h2d.seconds(unit.offload_bytes) if index < n - 3 else 0.0
+                    disk_s += self._offload_s(unit.offload_bytes, returns=index < n - 3)
         stay = workload.undisturbed
         first_s = 0.0 if stay or 0 in there else self._load_s[0]
         last_s = self._gradient_s[0] if self._gradient_s else 0.0
@@ -77,7 +78,26 @@ class StepBounds:
         loads_s = 0.0
         if not stay and not there:
             loads_s = sum(self._load_s) + workload.turn_s + workload.between_s + backward_s + last_s
-        return max(serial_s, loads_s, there_s, home_s, update_s)
+        return max(serial_s, loads_s, there_s, home_s, update_s, disk_s)
+
+    @cached_property
+    def _disk_s(self) -> float:
+        """Reads and writes of all updates, as if their weights were in memory still; loads may need none."""
+        read, write = self.speeds.disk_read, self.speeds.disk_write
+        units = [self.workload.units[i] for i in self._backward_units]
+        updated = [unit for unit in units if unit.gradient_bytes and unit.disk_write_bytes]
+        if read is None or write is None or not updated:
+            return 0.0
+        states = [unit.disk_state_bytes for unit in updated]
+        weights = [unit.disk_write_bytes - each for unit, each in zip(updated, states, strict=True)]
+        return sum(map(read.seconds, filter(None, states))) + sum(map(write.seconds, filter(None, [*states, *weights])))
+
+    def _offload_s(self, num_bytes: int, *, returns: bool) -> float:
+        """Of one unit's activations, on the disk."""
+        read, write = self.speeds.disk_read, self.speeds.disk_write
+        if read is None or write is None or "activations" not in self.workload.in_files:
+            return 0.0
+        return write.seconds(num_bytes) + (read.seconds(num_bytes) if returns else 0.0)
 
     def _reload_s(self, setting: Setting, there: frozenset[int]) -> float:
         """Copies of weights to the device: all of them, and again those that do not stay over the turn."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from humanize import naturalsize
 
 from lightning_superpipe.errors import BudgetError, PlanError
+from lightning_superpipe.planning.disk_work import DiskWork
 from lightning_superpipe.planning.margin import activation_margin
 from lightning_superpipe.planning.need import device_need, host_use, num_slots
 from lightning_superpipe.planning.prediction import PeakBytes, Prediction
@@ -39,6 +40,7 @@ class Asked:
         activations: a policy for each unit, or None where it is open; empty leaves all open.
         micro_batches: parts of a batch inside units that recompute.
         update, update_on_device: as in :class:`Setting`.
+        most_slots: where a limit of memory does not say so: more are not wanted.
     """
 
     k: int | None = None
@@ -48,6 +50,7 @@ class Asked:
     micro_batches: int | None = 1
     update: str = "after_backward"
     update_on_device: float = 0.0
+    most_slots: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Choice:
         return (
             f"predicted: {1e3 * step.step_s:.4g} ms a step ({step.busiest} alone takes {1e3 * step.bound_s:.4g} ms), "
             f"{_size(step.peak.total)}{allowed} on the device, {_size(step.host.total)} on the host"
+            + (f"; files: {step.disk}" if step.disk != DiskWork() else "")
         )
 
 
@@ -193,6 +197,7 @@ def _search(workload: Workload, speeds: Speeds, limits: Limits, asked: Asked) ->
         micro_batches=asked.micro_batches,
         update=asked.update,
         update_on_device=asked.update_on_device,
+        most_slots=asked.most_slots,
     )
 
 

@@ -1,8 +1,9 @@
 """A disk and what it feeds, as a simulation sees them: loads and updates share it, and each waits for what it needs.
 
-Three threads of the engine use the disk, each for one request after the other: loads in the order of the plan, reads
-for updates in the order of need, and writes. Whatever runs at once shares the disk, for reads and writes at once are no
-faster than one after the other. Updates work in a few places; what one has left there needs no read by the next load.
+Threads of the engine use the disk, each for one request after the other: loads in the order of the plan, reads for
+updates in the order of need, and their writes; activations are written by one more and read by another. Whatever runs
+at once shares the disk, for reads and writes at once are no faster than one after the other. Updates work in a few
+places; what one has left there needs no read by the next load.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from lightning_superpipe.planning.disk_work import DiskWork
 from lightning_superpipe.planning.workload import Curve, Setting, Speeds, UnitWork, Workload
 
-__all__ = ["DiskLoad", "DiskQueue", "DiskUpdate", "ReadAhead", "files_of"]
+__all__ = ["DiskMove", "DiskQueue", "DiskUpdate", "ReadAhead", "disk_of"]
+
+_FREE = Curve(((0, 0.0), (1, 0.0)))
 
 
 class DiskUpdate:
@@ -24,34 +28,35 @@ class DiskUpdate:
         end_s: when it is written; likewise.
     """
 
-    __slots__ = ("end_s", "rank", "read_s", "ready_s", "run_s", "turn", "unit", "update_s", "weights_s", "write_s")
+    __slots__ = ("end_s", "rank", "ready_s", "run_s", "turn", "unit", "work")
 
-    def __init__(self, unit: int, rank: int, ready_s: float, disk: DiskQueue, work: UnitWork) -> None:
-        self.unit, self.rank, self.ready_s, self.update_s = unit, rank, ready_s, work.update_s
-        self.weights_s = disk.read.seconds(work.disk_read_bytes) if work.disk_read_bytes else 0.0
-        self.read_s = disk.read.seconds(work.disk_update_bytes) if work.disk_update_bytes else 0.0
-        self.write_s = disk.write.seconds(work.disk_write_bytes) if work.disk_write_bytes else 0.0
+    def __init__(self, unit: int, rank: int, ready_s: float, work: UnitWork) -> None:
+        self.unit, self.rank, self.ready_s, self.work = unit, rank, ready_s, work
         self.turn = -1
         self.run_s = self.end_s = math.nan
 
     @property
     def leaves_weights(self) -> bool:
         """Whether it holds the unit's weights in memory when it is over."""
-        return 0.0 < self.weights_s <= self.read_s
+        return 0 < self.work.disk_read_bytes <= self.work.disk_update_bytes
 
 
-class DiskLoad:
-    """Weights on their way to host memory, behind the update of their unit.
+class DiskMove:
+    """Weights on their way to host memory, behind the update of their unit; or activations, read behind their write.
 
     Attributes:
-        end_s: when they are there; NaN as long as nobody knows.
+        end_s: when it is over; NaN as long as nobody knows.
     """
 
-    __slots__ = ("behind", "end_s", "ready_s", "seconds")
+    __slots__ = ("behind", "end_s", "num_bytes", "ready_s")
 
-    def __init__(self, ready_s: float, seconds: float, behind: DiskUpdate | None) -> None:
-        self.ready_s, self.seconds, self.behind = ready_s, seconds, behind
+    def __init__(self, ready_s: float, num_bytes: int, behind: DiskUpdate | DiskMove | None = None) -> None:
+        self.ready_s, self.num_bytes, self.behind = ready_s, num_bytes, behind
         self.end_s = math.nan
+
+    def may_begin(self, now_s: float) -> bool:
+        """Whether it is ready, and what it comes behind is over."""
+        return self.ready_s <= now_s and (self.behind is None or self.behind.end_s <= now_s)
 
 
 class _Head:
@@ -59,8 +64,29 @@ class _Head:
 
     __slots__ = ("job", "left_s")
 
-    def __init__(self, job: DiskLoad | DiskUpdate, left_s: float) -> None:
+    def __init__(self, job: DiskMove | DiskUpdate, left_s: float) -> None:
         self.job, self.left_s = job, left_s
+
+
+class _Mover:
+    """A thread that moves activations one way."""
+
+    def __init__(self) -> None:
+        self.queue: deque[tuple[DiskMove, float]] = deque()
+        self.head: _Head | None = None
+
+    def hand_over(self, move: DiskMove, seconds: float) -> DiskMove:
+        self.queue.append((move, seconds))
+        return move
+
+    def begin(self, now_s: float) -> None:
+        """Take what comes next, if it may begin."""
+        if self.head is None and self.queue and self.queue[0][0].may_begin(now_s):
+            self.head = _Head(*self.queue.popleft())
+
+    def end(self, now_s: float) -> None:
+        if self.head is not None and self.head.left_s <= 0.0:
+            self.head.job.end_s, self.head = now_s, None
 
 
 class DiskQueue:
@@ -82,12 +108,17 @@ class DiskQueue:
     (5.0, 3.0)
     >>> disk.end_s(disk.load(1, 0.0, unit)), disk.busy_s
     (6.0, 5.0)
+    >>> disk.end_s(disk.read(6.0, 10, behind=disk.write(6.0, 20))), disk.work
+    (9.0, DiskWork(read_bytes=40, written_bytes=40))
     """
 
     def __init__(self, read: Curve, write: Curve, num_places: int, *, hands_over: bool = True) -> None:
-        self.read, self.write, self._num_places, self._hands_over = read, write, num_places, hands_over
-        self.now_s = self.busy_s = self.host_s = 0.0
-        self._loads: deque[DiskLoad] = deque()
+        self._read_curve, self._write_curve = read, write
+        self._num_places, self._hands_over = num_places, hands_over
+        self._read_bytes = self._written_bytes = 0
+        self._sender, self._fetcher = _Mover(), _Mover()
+        self.now_s = self.busy_s = 0.0
+        self._loads: deque[DiskMove] = deque()
         self._waiting: list[DiskUpdate] = []
         self._to_run: deque[DiskUpdate] = deque()
         self._to_write: deque[DiskUpdate] = deque()
@@ -102,15 +133,15 @@ class DiskQueue:
 
     # -- what is asked of it
 
-    def load(self, unit: int, ready_s: float, work: UnitWork) -> DiskLoad:
+    def load(self, unit: int, ready_s: float, work: UnitWork) -> DiskMove:
         """Read a unit's weights, behind all loads before."""
-        seconds = self.read.seconds(work.disk_read_bytes) if work.disk_read_bytes else 0.0
-        load = DiskLoad(ready_s, seconds, self._latest.get(unit))
+        load = DiskMove(ready_s, work.disk_read_bytes, self._latest.get(unit))
         self._loads.append(load)
         return load
 
-    def keep(self, unit: int) -> None:
-        """What a load has just brought stays in memory for the unit's update, as long as there is room."""
+    def keep(self, unit: int, now_s: float) -> None:
+        """A backward begins: the unit's weights stay in memory for its update, as long as there is room."""
+        self._advance(now_s)
         self._kept.pop(unit, None)
         if len(self._kept) + len(self._lent) >= self._num_places and self._kept:
             del self._kept[next(iter(self._kept))]
@@ -119,11 +150,28 @@ class DiskQueue:
 
     def update(self, unit: int, rank: int, ready_s: float, work: UnitWork) -> DiskUpdate:
         """Update a unit once its gradients are home; of those that wait, the lowest rank comes first."""
-        update = self._latest[unit] = DiskUpdate(unit, rank, ready_s, self, work)
+        update = self._latest[unit] = DiskUpdate(unit, rank, ready_s, work)
         self._waiting.append(update)
         return update
 
-    def end_s(self, job: DiskLoad | DiskUpdate) -> float:
+    def write(self, ready_s: float, num_bytes: int) -> DiskMove:
+        """Write activations, behind all that were handed over before."""
+        return self._sender.hand_over(DiskMove(ready_s, num_bytes), self._writing_s(num_bytes))
+
+    def read(self, ready_s: float, num_bytes: int, behind: DiskMove) -> DiskMove:
+        """Read activations, behind all reads of others before, and behind their own write."""
+        return self._fetcher.hand_over(DiskMove(ready_s, num_bytes, behind), self._reading_s(num_bytes))
+
+    def count_written(self, num_bytes: int) -> None:
+        """So many bytes are written in a mapping, when the system wants it."""
+        self._written_bytes += num_bytes
+
+    @property
+    def work(self) -> DiskWork:
+        """Bytes of all requests so far."""
+        return DiskWork(self._read_bytes, self._written_bytes)
+
+    def end_s(self, job: DiskMove | DiskUpdate) -> float:
         """Return when something is over."""
         self._begin()
         while math.isnan(job.end_s):
@@ -133,18 +181,27 @@ class DiskQueue:
 
     # -- time
 
-    def _play(self) -> None:
-        """Go on to the next moment at which something begins or ends."""
-        heads = [head for head in (self._loading, self._reading, self._writing) if head is not None]
+    def _advance(self, until_s: float) -> None:
+        """Go on to some time, if it is not later already."""
+        self._begin()
+        while self.now_s < until_s:
+            self._play(until_s)
+            self._begin()
+
+    def _play(self, until_s: float = math.inf) -> None:
+        """Go on to the next moment at which something begins or ends, but not beyond ``until_s``."""
+        movers = (self._sender, self._fetcher)
+        busy = (self._loading, self._reading, self._writing, *(mover.head for mover in movers))
+        heads = [head for head in busy if head is not None]
         moments = [self.now_s + head.left_s * len(heads) for head in heads]
         moments += [each.ready_s for each in self._waiting if each.ready_s > self.now_s]
-        moments += [load.ready_s for load in list(self._loads)[:1] if load.ready_s > self.now_s]
+        firsts = [*(mover.queue[0][0] for mover in movers if mover.queue), *list(self._loads)[:1]]
+        moments += [first.ready_s for first in firsts if first.ready_s > self.now_s]
         if self._to_run:
             moments.append(max(self._run_end_s, self.now_s))
-        assert moments, "whoever is waited for was handed over before"
-        next_s = min(moments)
+        next_s = min([*moments, until_s])
+        assert math.isfinite(next_s), "whoever is waited for was handed over before"
         passed_s = next_s - self.now_s
-        self.busy_s += passed_s if heads else 0.0
         for head, end_s in zip(heads, moments, strict=False):
             head.left_s = 0.0 if end_s <= next_s else head.left_s - passed_s / len(heads)
         self.now_s = next_s
@@ -157,7 +214,7 @@ class DiskQueue:
             if self._is_in_memory(load.behind):
                 load.end_s = self.now_s
             else:
-                self._loading = _Head(load, load.seconds)
+                self._loading = _Head(load, self._reading_s(load.num_bytes))
         ready = [each for each in self._waiting if each.ready_s <= self.now_s]
         if self._reading is None and ready and self._num_taken < self._num_places:
             update = min(ready, key=lambda each: each.rank)
@@ -168,25 +225,47 @@ class DiskQueue:
             if is_kept:
                 del self._kept[update.unit]
                 self._lent.add(update.unit)
-            self._reading = _Head(update, update.read_s - (update.weights_s if is_kept else 0.0))
+            states = update.work.disk_state_bytes
+            weights_s = 0.0 if is_kept else self._reading_s(update.work.disk_update_bytes - states)
+            self._reading = _Head(update, weights_s + self._reading_s(states))
         if self._writing is None and self._to_write:
             update = self._to_write.popleft()
-            self._writing = _Head(update, update.write_s)
+            states = update.work.disk_state_bytes
+            weights_s = self._writing_s(update.work.disk_write_bytes - states)
+            self._writing = _Head(update, weights_s + self._writing_s(states))
+        for mover in (self._sender, self._fetcher):
+            mover.begin(self.now_s)
 
-    def _may_load(self, load: DiskLoad) -> bool:
-        update = load.behind
-        if load.ready_s > self.now_s or update is None:
-            return load.ready_s <= self.now_s
-        return (update.run_s if self._is_in_memory(update) else update.end_s) <= self.now_s
+    def _reading_s(self, num_bytes: int) -> float:
+        """Count a read; return its seconds, alone."""
+        seconds = self._read_curve.seconds(num_bytes) if num_bytes else 0.0
+        self._read_bytes += num_bytes
+        self.busy_s += seconds
+        return seconds
 
-    def _is_in_memory(self, update: DiskUpdate | None) -> bool:
-        """Whether an update's place has not been taken by another since."""
-        if update is None or not (self._hands_over and update.leaves_weights):
+    def _writing_s(self, num_bytes: int) -> float:
+        """Count a write; return its seconds, alone."""
+        seconds = self._write_curve.seconds(num_bytes) if num_bytes else 0.0
+        self._written_bytes += num_bytes
+        self.busy_s += seconds
+        return seconds
+
+    def _may_load(self, load: DiskMove) -> bool:
+        behind = load.behind
+        if isinstance(behind, DiskUpdate) and self._is_in_memory(behind):
+            return load.ready_s <= self.now_s and behind.run_s <= self.now_s
+        return load.may_begin(self.now_s)
+
+    def _is_in_memory(self, behind: DiskUpdate | DiskMove | None) -> bool:
+        """Whether an update leaves weights in its place, which has not been taken by another since."""
+        if not (isinstance(behind, DiskUpdate) and self._hands_over and behind.leaves_weights):
             return False
-        return self._num_begun - update.turn < self._num_places
+        return self._num_begun - behind.turn < self._num_places
 
     def _end(self) -> None:
         """Let each thread hand on what it has done."""
+        for mover in (self._sender, self._fetcher):
+            mover.end(self.now_s)
         if self._loading is not None and self._loading.left_s <= 0.0:
             self._loading.job.end_s, self._loading = self.now_s, None
         if self._writing is not None and self._writing.left_s <= 0.0:
@@ -210,8 +289,7 @@ class DiskQueue:
 
     def _run_next(self) -> None:
         if self._to_run:
-            self.host_s += self._to_run[0].update_s
-            self._run_end_s = self.now_s + self._to_run[0].update_s
+            self._run_end_s = self.now_s + self._to_run[0].work.update_s
 
 
 class ReadAhead:
@@ -220,14 +298,14 @@ class ReadAhead:
     def __init__(self, disk: DiskQueue, units: Sequence[UnitWork], ring: int) -> None:
         self.disk, self._units, self._ring = disk, units, ring
         self._to_come: deque[int] = deque()
-        self._ahead: deque[tuple[int, DiskLoad]] = deque()
+        self._ahead: deque[tuple[int, DiskMove]] = deque()
 
     def begin(self, loads: Iterable[int]) -> None:
         """A step begins that will load these units."""
         self._to_come = deque(loads)
         self._ahead.clear()
 
-    def load(self, unit: int, ready_s: float) -> DiskLoad:
+    def load(self, unit: int, ready_s: float) -> DiskMove:
         """A slot is free for a unit: read it, unless that has begun."""
         if self._to_come and self._to_come[0] == unit:
             self._to_come.popleft()
@@ -243,11 +321,7 @@ class ReadAhead:
                 self._ahead.append((unit, self.disk.load(unit, now_s, self._units[unit])))
 
 
-def files_of(workload: Workload, speeds: Speeds, setting: Setting) -> ReadAhead | None:
-    """Return the way from files; None where nothing lies there, or no disk was measured."""
-    has_files = any(unit.disk_read_bytes or unit.disk_update_bytes for unit in workload.units)
-    if not has_files or speeds.disk_read is None or speeds.disk_write is None:
-        return None
-    hands_over = setting.update != "at_once"
-    disk = DiskQueue(speeds.disk_read, speeds.disk_write, workload.ring, hands_over=hands_over)
-    return ReadAhead(disk, workload.units, workload.ring)
+def disk_of(workload: Workload, speeds: Speeds, setting: Setting) -> DiskQueue:
+    """Return the disk of a run; one that nobody has measured takes no time."""
+    read, write = speeds.disk_read or _FREE, speeds.disk_write or _FREE
+    return DiskQueue(read, write, workload.ring, hands_over=setting.update != "at_once")

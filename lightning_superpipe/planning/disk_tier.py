@@ -100,29 +100,44 @@ def choose_files(
 
 
 def with_files(
-    workload: Workload, kinds: Container[str], in_memory: Container[int] = (), *, ring: int = RING
+    workload: Workload,
+    kinds: Collection[str],
+    in_memory: Container[int] = (),
+    *,
+    ring: int = RING,
+    sizes: Sequence[int] | None = None,
 ) -> Workload:
-    """Return a workload whose units lie in files, as far as kinds say so: each hop has its bytes.
+    """Return a workload of which kinds lie in files: each hop has its bytes.
+
+    What is trained in a mostly frozen unit stays in memory, with its states.
+
+    Args:
+        in_memory: units, by their place in the workload, whose weights and states do not.
+        sizes: of the units' weights in files, bytes; None where they are as on the device.
 
     >>> unit = UnitWork("h", weight_bytes=10, gradient_bytes=10, state_bytes=20)
     >>> moved = with_files(Workload((unit,)), {"weights", "states"}).units[0]
     >>> moved.disk_read_bytes, moved.disk_update_bytes, moved.disk_write_bytes, moved.state_bytes
     (10, 30, 30, 0)
     """
+    stored = [unit.weight_bytes for unit in workload.units] if sizes is None else sizes
     units = (
-        unit if index in in_memory else _in_files(unit, kinds, is_updated=workload.trains and unit.gradient_bytes > 0)
+        unit if index in in_memory else _in_files(unit, kinds, stored[index], trains=workload.trains)
         for index, unit in enumerate(workload.units)
     )
-    return replace(workload, units=tuple(units), ring=ring)
+    others = tuple(sorted(set(kinds) - set(_MOVABLE)))
+    return replace(workload, units=tuple(units), ring=ring, in_files=others)
 
 
-def _in_files(unit: UnitWork, kinds: Container[str], *, is_updated: bool) -> UnitWork:
-    weights = unit.weight_bytes if "weights" in kinds else 0
-    updated = (weights + (unit.state_bytes if "states" in kinds else 0)) if is_updated else 0
+def _in_files(unit: UnitWork, kinds: Container[str], size: int, *, trains: bool) -> UnitWork:
+    weights = size if "weights" in kinds else 0
+    if not trains or 2 * unit.gradient_bytes <= unit.weight_bytes:
+        return replace(unit, disk_read_bytes=weights)
+    states = unit.state_bytes if "states" in kinds else 0
     return replace(
         unit,
-        state_bytes=0 if "states" in kinds else unit.state_bytes,
+        state_bytes=unit.state_bytes - states,
         disk_read_bytes=weights,
-        disk_update_bytes=updated,
-        disk_write_bytes=updated,
+        disk_update_bytes=weights + states,
+        disk_write_bytes=weights + states,
     )

@@ -40,6 +40,10 @@ class DiskWork:
     read_bytes: int = 0
     written_bytes: int = 0
 
+    def since(self, earlier: DiskWork) -> DiskWork:
+        """Return what has been moved since then."""
+        return DiskWork(self.read_bytes - earlier.read_bytes, self.written_bytes - earlier.written_bytes)
+
     def life(self, endurance_tb: float) -> float:
         """Return the share of the drive's life that one step costs.
 
@@ -50,6 +54,18 @@ class DiskWork:
         1e-05
         """
         return self.written_bytes / (endurance_tb * _TERA)
+
+    def wear(self, endurance_tb: float | None) -> str:
+        """Return what one step costs of the drive's life, in words.
+
+        >>> DiskWork(written_bytes=6_000_000_000).wear(600), DiskWork(read_bytes=1).wear(None)
+        ("1.00e-05 of the drive's life", 'nothing is written, so the drive does not wear')
+        """
+        if not self.written_bytes:
+            return "nothing is written, so the drive does not wear"
+        if endurance_tb is None:
+            return "set disk.endurance_tb to see what that costs of the drive's life"
+        return f"{self.life(endurance_tb):.2e} of the drive's life"
 
     def __str__(self) -> str:
         read, written = (naturalsize(size, binary=True) for size in (self.read_bytes, self.written_bytes))

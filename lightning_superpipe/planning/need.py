@@ -8,6 +8,7 @@ from lightning_superpipe.planning.prediction import HostUse, PeakBytes
 from lightning_superpipe.planning.workload import Setting, UnitWork, Workload, updated_there
 
 __all__ = [
+    "ACTIVATION_BUFFERS",
     "GRADIENT_UNITS",
     "backward_peak_bytes",
     "device_need",
@@ -23,6 +24,9 @@ __all__ = [
 
 GRADIENT_UNITS = 2
 """So many times the largest unit's gradients may be on the device: those of the unit that computes, and one before."""
+
+ACTIVATION_BUFFERS = 3
+"""Between device and files: one is copied from or to, one is written or read, one is next."""
 
 _NUM_SENT = 2  # batches of offloaded activations that may be on their way home
 
@@ -179,9 +183,12 @@ def host_use(workload: Workload, setting: Setting) -> HostUse:
         for index, unit in enumerate(units[:-1])
         if workload.trains and index >= workload.lowest and setting.policy(index) == "offload"
     ]
+    has_gradients = workload.trains and "gradients" not in workload.in_files
+    in_files = "activations" in workload.in_files
     return HostUse(
         weights=workload.anchor_bytes + sum(unit.weight_bytes for unit in units if not unit.disk_read_bytes),
-        gradients=sum(unit.gradient_bytes for unit in units) if workload.trains else 0,
+        gradients=sum(unit.gradient_bytes for unit in units) if has_gradients else 0,
         states=sum(unit.state_bytes for unit in units) if workload.trains else 0,
-        activations=sum(offloads),
+        activations=ACTIVATION_BUFFERS * max(offloads, default=0) if in_files else sum(offloads),
+        staging=workload.staging_bytes,
     )

@@ -10,10 +10,52 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from lightning_superpipe.planning.link import Copying, Link
 
-__all__ = ["Offloads"]
+__all__ = ["MemoryRoute", "Offloads", "Route"]
+
+
+class Route(Protocol):
+    """The way of batches from the device and back."""
+
+    def send(self, index: int) -> Copying:
+        """A unit's batch leaves the device: return its copy home."""
+
+    def fetch(self, index: int, now_s: float) -> None:
+        """It will be needed soon."""
+
+    def arrive(self, index: int) -> Copying:
+        """It is needed, once: return its copy to the device."""
+
+    def note(self, now_s: float) -> None:
+        """A use begins: time has gone on."""
+
+
+class MemoryRoute:
+    """The way to host memory: a copy each way.
+
+    Args:
+        sizes: bytes of each unit's batch.
+        home, there: hand a copy of so many bytes over.
+    """
+
+    def __init__(self, sizes: Sequence[int], home: Callable[[int], Copying], there: Callable[[int], Copying]) -> None:
+        self._sizes, self._home, self._there = sizes, home, there
+        self._returning: dict[int, Copying] = {}
+
+    def send(self, index: int) -> Copying:
+        return self._home(self._sizes[index])
+
+    def fetch(self, index: int, now_s: float) -> None:
+        self._returning[index] = self._there(self._sizes[index])
+
+    def arrive(self, index: int) -> Copying:
+        return self._returning.pop(index)
+
+    def note(self, now_s: float) -> None:
+        pass
 
 
 class Offloads:
@@ -21,15 +63,16 @@ class Offloads:
 
     Args:
         sizes: bytes of each unit's batch; 0 where nothing travels.
-        home: hands a copy home over, now.
-        there: hands a copy to the device over, now.
+        route: that they take.
 
     Attributes:
         away_bytes: of what was saved, those that are on the host only.
 
     >>> from lightning_superpipe.planning.workload import Curve, Speeds
     >>> link = Link(Speeds(Curve.steady(10.0), Curve.steady(10.0)))
-    >>> offloads = Offloads([10, 10, 10], link, lambda size: link.copy(link.d2h, size, 1.0), lambda size: None)
+    >>> sizes = [10, 10, 10]
+    >>> route = MemoryRoute(sizes, lambda size: link.copy(link.d2h, size, 1.0), lambda size: None)
+    >>> offloads = Offloads(sizes, link, route)
     >>> offloads.note_saved(0)
     >>> offloads.send()
     >>> offloads.is_late(0, 1.5), offloads.late_bytes(1.5), offloads.late_bytes(2.0)
@@ -39,14 +82,12 @@ class Offloads:
     (10, 0)
     """
 
-    def __init__(
-        self, sizes: Sequence[int], link: Link, home: Callable[[int], Copying], there: Callable[[int], Copying]
-    ) -> None:
-        self._sizes, self._link, self._home, self._there = sizes, link, home, there
+    def __init__(self, sizes: Sequence[int], link: Link, route: Route) -> None:
+        self._sizes, self._link, self._route = sizes, link, route
         self._unsent = -1
         self._sent: deque[tuple[int, Copying]] = deque()
         self._away: set[int] = set()
-        self._returning: dict[int, Copying] = {}
+        self._returning: set[int] = set()
         self._used: list[tuple[int, Copying]] = []
         self.away_bytes = 0
 
@@ -77,7 +118,7 @@ class Offloads:
     def send(self) -> None:
         """Send what the unit before has saved."""
         if self._unsent >= 0:
-            self._sent.append((self._unsent, self._home(self._sizes[self._unsent])))
+            self._sent.append((self._unsent, self._route.send(self._unsent)))
             self._unsent = -1
 
     # -- backward
@@ -93,11 +134,15 @@ class Offloads:
             if each in self._away:
                 self._away.discard(each)
                 self.away_bytes -= self._sizes[each]
-                self._returning[each] = self._there(self._sizes[each])
+                self._returning.add(each)
+                self._route.fetch(each, now_s)
 
     def arrival(self, index: int) -> Copying | None:
         """What a backward has to wait for, once."""
-        return self._returning.pop(index, None)
+        if index not in self._returning:
+            return None
+        self._returning.discard(index)
+        return self._route.arrive(index)
 
     def is_late(self, index: int, now_s: float) -> bool:
         """Whether a unit's batch is on its way home still, so that its backward frees nothing of it."""

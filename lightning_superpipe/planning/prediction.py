@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from lightning_superpipe.planning.disk_work import DiskWork
 
 __all__ = ["HostUse", "LaneSeconds", "PeakBytes", "Prediction"]
 
@@ -39,13 +41,15 @@ class HostUse(NamedTuple):
         weights: of units and anchors.
         gradients: of all trained units.
         states: of the optimizer.
-        activations: that were offloaded.
+        activations: that were offloaded, or buffers on their way to files.
+        staging: other buffers, casts, and copies to undo a step with.
     """
 
     weights: int = 0
     gradients: int = 0
     states: int = 0
     activations: int = 0
+    staging: int = 0
 
     @property
     def total(self) -> int:
@@ -87,6 +91,7 @@ class Prediction:
         peak: device bytes when their sum is largest.
         peak_at: the use during which that is, such as ``"B11"``, or ``"turn"``.
         host: bytes in host memory.
+        disk: bytes read from files and written there in a step.
     """
 
     step_s: float
@@ -99,6 +104,7 @@ class Prediction:
     peak: PeakBytes
     peak_at: str
     host: HostUse
+    disk: DiskWork = field(default_factory=DiskWork)
 
     @property
     def bound_s(self) -> float:

@@ -43,6 +43,7 @@ class Search:
         keeps: whether it does so when played, since copies may be late.
         k, k_prime, resident: as asked for, None where open.
         update, update_on_device: as asked for.
+        most_slots: more are not wanted, None for no limit.
         policies: as asked for, of each unit.
         micro_batches: as asked for, None where open: 1, 2, 4 and so on, as far as there are samples.
 
@@ -67,8 +68,10 @@ class Search:
         micro_batches: int | None,
         update: str,
         update_on_device: float,
+        most_slots: int | None,
     ) -> None:
         n = self._n = len(workload.units)
+        self._most_slots = n if most_slots is None else min(n, most_slots)
         self._workload, self._speeds = workload, speeds
         self._micro_batches = [micro_batches] if micro_batches is not None else _parts(workload.samples)
         self._given: dict[str, Any] = {
@@ -189,7 +192,7 @@ class Search:
         least = self._least_k() + (self._resident or 0)
         if self._k is not None and self._resident is not None:
             return min(least, self._n), min(least, self._n)
-        return min(least, self._n), self._n
+        return min(least, self._n), max(min(least, self._n), self._most_slots)
 
     def _with_slots(self, setting: Setting) -> Setting | None:
         """The setting with as many slots as fit; None if the fewest do not."""
@@ -355,7 +358,7 @@ class Search:
         if setting.k + setting.resident == self._n:
             return f"every unit has a slot, {waits}"
         if most <= setting.k + setting.resident:
-            return f"all that fits, {waits}"
+            return f"{'all that fits' if most != self._most_slots else 'more need device_memory'}, {waits}"
         return f"more would not be faster, {waits}"
 
 

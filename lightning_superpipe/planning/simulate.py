@@ -10,7 +10,7 @@ from what it waits for. What waits for what is the engine's (:mod:`lightning_sup
 - gradients may fill twice the largest unit's on the device, then backward waits for the oldest to be home;
 - backward is over when all gradients are home; updates follow in the order of need, or follow each gradient
   (``in_backward``), or hold everything up (``at_once``);
-- units that lie in files share a disk (:mod:`lightning_superpipe.planning.disk_queue`); a few loads are read ahead;
+- all that lies in files shares a disk (:mod:`lightning_superpipe.planning.disk_queue`); a few loads are read ahead;
 - units that are updated on the device take gradients and states there and bring weights and states home, past what is
   queued; where one still lies in its slot, its weights do not travel there, and it is not loaded again.
 """
@@ -22,7 +22,8 @@ from collections import deque
 
 from lightning_superpipe.planning.actions import Action, Op, Plan
 from lightning_superpipe.planning.device_updates import DeviceUpdate, DeviceUpdates
-from lightning_superpipe.planning.disk_queue import DiskLoad, DiskUpdate, ReadAhead, files_of
+from lightning_superpipe.planning.disk_queue import DiskMove, DiskUpdate, ReadAhead, disk_of
+from lightning_superpipe.planning.file_route import FileRoute
 from lightning_superpipe.planning.link import Copying, Link
 from lightning_superpipe.planning.need import (
     backward_peak_bytes,
@@ -34,7 +35,7 @@ from lightning_superpipe.planning.need import (
     saved_bytes,
     unfreed_backward_peak_bytes,
 )
-from lightning_superpipe.planning.offloads import Offloads
+from lightning_superpipe.planning.offloads import MemoryRoute, Offloads, Route
 from lightning_superpipe.planning.played import PlayedStep, are_repeated, mean_of
 from lightning_superpipe.planning.prediction import LaneSeconds, PeakBytes, Prediction
 from lightning_superpipe.planning.step_plan import step_plan
@@ -106,31 +107,35 @@ class _Run:
         self.device, self.under_way = DeviceUpdates(self.link, self._count_update), dict[int, DeviceUpdate]()
         self.in_slots: frozenset[int] = frozenset()
         self.limit_bytes = gradient_limit_bytes(workload)
-        self.files = files_of(workload, speeds, setting)
+        self.disk = disk_of(workload, speeds, setting)
+        self.files = ReadAhead(self.disk, workload.units, workload.ring) if workload.has_stored_units else None
         self.now = self.host_free_s = 0.0
         self.updated_s = [0.0] * n
-        self.arrivals: list[Copying | DiskLoad | None] = [None] * n
+        self.arrivals: list[Copying | DiskMove | None] = [None] * n
         self.saved_bytes = [saved_bytes(workload, setting, index) for index in range(n)]
         self.travels = [
             unit.offload_bytes if self.policies[index] == "offload" and self.saved_bytes[index] else 0
             for index, unit in enumerate(self.units)
         ]
+        self.route: Route = MemoryRoute(self.travels, self._home, self._to_device)
+        if "activations" in workload.in_files:
+            self.route = FileRoute(self.travels, self.disk, self.link, self._home, self._to_device)
         self.held_bytes = 0
         self._begin_step()
 
     @property
     def ends_at_rest(self) -> bool:
         """Whether all that a step leaves to the next begins at its end, so that the second is like all others."""
-        return not self.workload.trains or (self.setting.update != "in_backward" and not self.on_device)
+        leaves_work = self.setting.update == "in_backward" or self.on_device or isinstance(self.route, FileRoute)
+        return not (self.workload.trains and leaves_work)
 
     def _begin_step(self) -> None:
         self.stalls_s = [0.0] * len(self.units)
         self.h2d_bytes = self.d2h_bytes = self.gradient_bytes = self.num_loads = 0
         self.compute_s = self.host_s = 0.0
         self.gradients: deque[tuple[Copying, int]] = deque()
-        self.to_flush = -1
-        self.landed: list[tuple[int, Copying]] = []
-        self.offloads = Offloads(self.travels, self.link, self._home, self._to_device)
+        self.to_flush, self.landed = -1, list[tuple[int, Copying]]()
+        self.offloads = Offloads(self.travels, self.link, self.route)
         self.stored: list[DiskUpdate] = []
         self.peak, self.peak_at = PeakBytes(), ""
 
@@ -154,9 +159,8 @@ class _Run:
         self._begin_step()
         self.in_slots = plan.final_resident
         start, h2d_s, d2h_s = self.now, self.link.h2d.busy_s, self.link.d2h.busy_s
-        disk_s = 0.0
+        disk_s, disk_work = self.disk.busy_s, self.disk.work
         if self.files is not None:
-            disk_s = self.files.disk.busy_s
             self.files.begin(each.unit for each in plan.actions if each.op is Op.PREFETCH)
         moves: list[Action] = []
         last_forward = sum(use.op is Op.FORWARD for use in plan.uses) - 1
@@ -177,10 +181,8 @@ class _Run:
                 moves, is_backward = [], True
             num_uses += 1
         end_stall_s = self._end()
-        disk_s = 0.0 if self.files is None else self.files.disk.busy_s - disk_s
-        busy = LaneSeconds(
-            self.compute_s, self.link.h2d.busy_s - h2d_s, self.link.d2h.busy_s - d2h_s, self.host_s, disk_s
-        )
+        link_s = self.link.h2d.busy_s - h2d_s, self.link.d2h.busy_s - d2h_s
+        busy = LaneSeconds(self.compute_s, *link_s, self.host_s, self.disk.busy_s - disk_s)
         return PlayedStep(
             self.now - start,
             busy,
@@ -191,6 +193,7 @@ class _Run:
             self.d2h_bytes,
             self.peak,
             self.peak_at,
+            self.disk.work.since(disk_work),
         )
 
     def _compute(self, seconds: float) -> None:
@@ -233,32 +236,25 @@ class _Run:
         self.h2d_bytes += num_bytes
         return self.link.copy(self.link.h2d, num_bytes, ready_s)
 
-    def _home(self, num_bytes: int) -> Copying:
+    def _home(self, num_bytes: int, free_s: float = 0.0) -> Copying:
         self.d2h_bytes += num_bytes
         self.device.advance(self.now)
-        return self.link.copy(self.link.d2h, num_bytes, self.now)
+        return self.link.copy(self.link.d2h, num_bytes, max(self.now, free_s))
 
     def _require(self, index: int) -> None:
+        self.route.note(self.now)
         self._compute(self.speeds.use_s)
         arrival, self.arrivals[index] = self.arrivals[index], None
         if self.files is not None:
-            arrival = self._finish_read(index, self.files, arrival)
-        assert not isinstance(arrival, DiskLoad), "who reads files has waited for it"
+            self.files.look_ahead(self.now)
+        if isinstance(arrival, DiskMove):  # what is read of it goes on to the device
+            arrival = self._to_device(self.units[index].weight_bytes, self.disk.end_s(arrival))
         if arrival is not None:
             self._wait(arrival, index)
         if (update := self.under_way.pop(index, None)) is not None:  # it has stayed in its slot
             self.device.finish(update, kernels_only=True)
             self.stalls_s[index] += max(0.0, update.kernels_end_s - self.now)
             self.now = max(self.now, update.kernels_end_s)
-
-    def _finish_read(self, index: int, files: ReadAhead, arrival: Copying | DiskLoad | None) -> Copying | None:
-        """A unit is needed: what is read of it goes on to the device."""
-        files.look_ahead(self.now)
-        if not isinstance(arrival, DiskLoad):
-            return arrival
-        if self.setting.update == "in_backward" and self.units[index].disk_read_bytes:
-            files.disk.keep(index)
-        return self._to_device(self.units[index].weight_bytes, files.disk.end_s(arrival))
 
     # -- forward
 
@@ -286,6 +282,8 @@ class _Run:
         for action in moves:
             self._move(action)
         self._require(index)
+        if self.setting.update == "in_backward" and unit.disk_read_bytes:
+            self.disk.keep(index, self.now)
         if (returning := self.offloads.arrival(index)) is not None:
             self._wait(returning, index)
         if self.policies[index] == "recompute":
@@ -326,6 +324,7 @@ class _Run:
             landed = self._home(num_bytes)
             self.gradients.append((landed, num_bytes))
             self.gradient_bytes += num_bytes
+            self.disk.count_written(num_bytes if "gradients" in self.workload.in_files else 0)
             self.landed.append((self.to_flush, landed))
             if self.files is not None and self.setting.update == "in_backward":
                 self._update_one(self.to_flush, self.link.end_s(landed))
@@ -358,7 +357,7 @@ class _Run:
             self._update_one(index, self.now)
         if update == "at_once":
             if self.files is not None:
-                self.host_free_s = max(map(self.files.disk.end_s, self.stored), default=self.now)
+                self.host_free_s = max(map(self.disk.end_s, self.stored), default=self.now)
             self.compute_s += self.host_free_s - self.now if self.host_free_s > self.now else 0.0
             self.now = max(self.now, self.host_free_s)
 
@@ -369,7 +368,7 @@ class _Run:
             return
         self.host_s += unit.update_s
         if self.files is not None:
-            self.stored.append(self.files.disk.update(index, index, ready_s, unit))
+            self.stored.append(self.disk.update(index, index, ready_s, unit))
             return
         self.host_free_s = max(self.host_free_s, ready_s) + unit.update_s
         self.updated_s[index] = self.host_free_s

@@ -112,8 +112,8 @@ class UnitWork:
         policies: what may become of its activations.
         splits: whether its batch may be split into micro-batches.
         disk_read_bytes: read from a disk before each load.
-        disk_update_bytes: read from a disk by each update.
-        disk_write_bytes: written to a disk by each update.
+        disk_update_bytes: read from a disk by each update, weights and states by themselves.
+        disk_write_bytes: written to a disk by each update, likewise.
     """
 
     name: str
@@ -136,6 +136,11 @@ class UnitWork:
     disk_update_bytes: int = 0
     disk_write_bytes: int = 0
 
+    @property
+    def disk_state_bytes(self) -> int:
+        """Of what updates read from a disk, that which loads do not read."""
+        return max(0, self.disk_update_bytes - self.disk_read_bytes)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -157,6 +162,8 @@ class Workload:
         update_bytes: what updates on the device keep there, if any unit is updated there.
         kernel_bytes: most that their kernels take beside that.
         ring: buffers between files and memory, for each of loads and updates.
+        in_files: ``"gradients"`` and ``"activations"``, if they lie there; weights and states are told by unit.
+        staging_bytes: host memory of buffers, of casts, and of copies to undo a step with.
         batch_bytes: of the tensors that units are given in forward, in each step that was measured, first in the one
             whose memory is this one's. They say how much batches differ; empty where only one batch is known.
     """
@@ -175,7 +182,14 @@ class Workload:
     update_bytes: int = 0
     kernel_bytes: int = 0
     ring: int = 3
+    in_files: tuple[str, ...] = ()
+    staging_bytes: int = 0
     batch_bytes: tuple[int, ...] = ()
+
+    @cached_property
+    def has_stored_units(self) -> bool:
+        """Whether weights or states of units lie in files."""
+        return any(unit.disk_read_bytes or unit.disk_update_bytes for unit in self.units)
 
     @cached_property
     def slot_bytes(self) -> int:

@@ -207,6 +207,8 @@ def test_plan_says_what_stays_in_memory_and_what_files_cost() -> None:
     assert many.files is not None
     assert 0 < len(many.files.in_memory) < NUM_BLOCKS
     assert f"{len(many.files.in_memory)} of {NUM_BLOCKS} units stay in host memory" in str(many)
+    assert "come on top" not in few
+    assert "activations that go there come on top" in str(preview(Model(), SuperpipeConfig(k=2, store=EVERYTHING)))
     gradients = preview(Model(), SuperpipeConfig(k=2, store={"gradients": "disk"})).disk
     assert gradients is not None
     assert (gradients.read_bytes, gradients.written_bytes > 0) == (0, True)

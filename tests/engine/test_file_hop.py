@@ -16,12 +16,12 @@ from lightning_superpipe import attach
 from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine import file_hop, offload
 from lightning_superpipe.engine.activations import Policy
-from lightning_superpipe.engine.file_hop import NUM_BUFFERS
 from lightning_superpipe.engine.host_lane import Regardless
 from lightning_superpipe.engine.lanes import Lanes
 from lightning_superpipe.engine.thread_lanes import ThreadLanes
 from lightning_superpipe.errors import TransferError
 from lightning_superpipe.observe.trace import Lane
+from lightning_superpipe.planning.need import ACTIVATION_BUFFERS
 from lightning_superpipe.tiers import Places
 from lightning_superpipe.tiers.disk import DiskSlab
 from tests.engine.held_lanes import HeldLanes
@@ -131,7 +131,7 @@ def test_buffers_and_files_are_used_again_in_every_step(files: Places) -> None:
             found.append((files.disks["activations"].file.size, files.part("wire").allocated_bytes))
         largest = max(slab.room_bytes for slab in files.disks["activations"].slabs)
     assert len(set(found)) == 1
-    assert found[0][1] <= NUM_BUFFERS * largest
+    assert found[0][1] <= ACTIVATION_BUFFERS * largest
 
 
 def test_batches_of_other_sizes_use_the_same_files(files: Places) -> None:

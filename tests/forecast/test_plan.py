@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_superpipe
-from lightning_superpipe import plan
+from lightning_superpipe import Disk, plan
 from lightning_superpipe.errors import ConfigError, PartitionError, SuperpipeError, UnsupportedError
 from lightning_superpipe.forecast.plan import Forecast
 from lightning_superpipe.observe import DiskRate, DiskRoute, MachineProfile
@@ -194,6 +194,30 @@ def test_files_take_time_and_no_host_memory(small_machine: MachineProfile) -> No
     assert f"of {NUM_BLOCKS} units stay in host memory" in str(roomy)
     unknown = forecast(replace(small_machine, disks=()), store="disk")
     assert "the profile has no disk" in str(unknown)
+    assert (
+        unknown.choice is not None
+        and unknown.choice.prediction.disk.written_bytes > 0 == unknown.choice.prediction.busy.disk
+    )
+
+
+def test_wear_of_a_drive_is_part_of_the_plan(small_machine: MachineProfile) -> None:
+    everything = {"weights": "disk", "states": "disk", "gradients": "disk", "activations": "disk"}
+    trained = sum(parameter.nbytes for parameter in Network().parameters())
+    written = {}
+    for name, options in {"kept": {}, "offloaded": {"activations": "offload"}}.items():
+        found = forecast(small_machine, store=everything, disk=Disk(endurance_tb=1e-3), k=2, rows=256, **options)
+        assert found.choice is not None
+        disk = found.choice.prediction.disk
+        assert f"Files: {disk}: {disk.written_bytes / 1e9:.2e} of the drive's life." in str(found)
+        assert disk.written_bytes >= 4 * trained  # weights, two states, gradients
+        written[name] = disk.written_bytes
+    assert written["offloaded"] - written["kept"] >= (NUM_BLOCKS - 1) * 256 * WIDTH * 4
+    assert "set disk.endurance_tb to see" in str(forecast(small_machine, store="disk"))
+    frozen = Network()
+    frozen.blocks[:-1].requires_grad_(False)
+    frozen.blocks[-1][0].weight.requires_grad_(False)
+    assert "the drive does not wear" in str(forecast(small_machine, frozen, store="disk"))
+    assert "Files: " not in str(forecast(small_machine))
 
 
 def test_a_share_of_updates_on_the_device_counts_in_every_window(small_machine: MachineProfile) -> None:

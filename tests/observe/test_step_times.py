@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_superpipe.observe.disk_times import disk_seconds
 from lightning_superpipe.observe.step_times import speeds_of
 from lightning_superpipe.observe.trace import Lane, Span
 from lightning_superpipe.planning import Curve
@@ -34,3 +39,42 @@ def test_a_larger_copy_never_seems_faster() -> None:
 def test_what_was_never_copied_is_free() -> None:
     found = speeds_of([Span(Lane.H2D, "P", 0, 0.0, 0.004, 1_000_000)])
     assert found.d2h.seconds(1_000_000) == 0.0
+
+
+# -- files
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> list[Span]:
+    """Reads and writes of whole seconds; each has a size of its own."""
+    spans = []
+    for index in range(draw(st.integers(1, 6))):
+        start = draw(st.integers(0, 12))
+        lane = draw(st.sampled_from([Lane.READ, Lane.WRITE]))
+        spans.append(Span(lane, "U", index, float(start), float(start + draw(st.integers(0, 8))), 1000 + index))
+    return spans
+
+
+@given(requests())
+def test_requests_at_once_share_each_moment_of_the_disk(spans: list[Span]) -> None:
+    own = dict.fromkeys((span.num_bytes for span in spans), 0.0)
+    for second in range(20):
+        under_way = [span for span in spans if span.start_s <= second < span.end_s]
+        for span in under_way:
+            own[span.num_bytes] += 1 / len(under_way)
+    found = {size: seconds for by_size in disk_seconds(spans).values() for size, seconds in by_size.items()}
+    assert found == pytest.approx(own)
+
+
+def test_a_run_tells_its_disk_where_it_has_files_and_else_the_machine_does() -> None:
+    read, write = Span(Lane.READ, "P", 0, 0.0, 0.002, 1_000_000), Span(Lane.WRITE, "U", 0, 0.002, 0.003, 1_000_000)
+    machine = replace(speeds_of([]), disk_read=Curve.steady(1e6), disk_write=Curve.steady(1e6))
+    assert speeds_of([]).disk_read is speeds_of([]).disk_write is None
+    for known in (None, machine):
+        found = speeds_of([read, write], known)
+        assert found.disk_read is not None and found.disk_write is not None
+        assert (found.disk_read.seconds(3_000_000), found.disk_write.seconds(3_000_000)) == pytest.approx(
+            (0.006, 0.003)
+        )
+    reads_alone = speeds_of([read], machine)
+    assert reads_alone.disk_read != machine.disk_read and reads_alone.disk_write == machine.disk_write

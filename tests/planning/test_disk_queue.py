@@ -65,7 +65,7 @@ def test_weights_are_loaded_from_memory_while_their_file_is_written() -> None:
 def test_weights_that_were_kept_are_not_read_for_their_update() -> None:
     queue = disk(num_places=2)
     for index in range(3):
-        queue.keep(index)  # the first has to make room
+        queue.keep(index, 0.0)  # the first has to make room
     ends = [queue.end_s(queue.update(index, index, 100.0 * index, unit())) for index in range(3)]
     assert ends == [6.0, 105.0, 205.0]
 
