@@ -178,7 +178,8 @@ class SuperpipeConfig:
             activations, with room to spare), let streaming end after the first steps, and that run go on there.
             ``"auto"`` does so where the framework runs the loop and no code of the user's could hold tensors of the
             host, as Lightning's automatic optimization and the Trainer of transformers without own hooks or callbacks;
-            True in every loop; False never. Only where ``k``, ``resident`` and ``activations`` are open.
+            True in every loop; False never. Only where ``k``, ``resident`` and ``activations`` are open and nothing
+            else asks for streaming, such as files; True is refused beside that.
         record_step: index of the training step whose lanes and memory are recorded; None records none.
         link: emulated link (machines without an accelerator).
         adversary: hostile timing and memory, for tests.
@@ -244,6 +245,12 @@ class SuperpipeConfig:
         for name in ("device_memory", "host_memory"):
             if getattr(self, name) is not None and (name, getattr(self, name)) != ("device_memory", "free"):
                 object.__setattr__(self, name, parse_bytes(getattr(self, name)))
+        if self.step_aside is True and (asked := self.needs_streaming):
+            options = ", ".join(f"{name}={getattr(self, name)!r}" for name in asked)
+            raise ConfigError(
+                f"step_aside=True, but only streaming gives what is asked for with {options}. Leave one or the other "
+                "out, or set step_aside='auto', which streams where it has to."
+            )
 
     @classmethod
     def from_options(cls, **options: Any) -> SuperpipeConfig:
@@ -265,6 +272,22 @@ class SuperpipeConfig:
     def first_micro_batches(self) -> int:
         """Parts of a batch in the first step."""
         return 1 if self.micro_batches == "auto" else self.micro_batches
+
+    @property
+    def needs_streaming(self) -> list[str]:
+        """Options that ask for what an ordinary run does not give.
+
+        >>> SuperpipeConfig(k=2, store={"states": "disk"}).needs_streaming
+        ['k', 'store']
+        """
+        is_asked = {
+            **{name: getattr(self, name) != "auto" for name in ("k", "resident", "activations")},
+            **{name: getattr(self, name) is not None for name in ("wire_dtype", "master_weights")},
+            "micro_batches": self.micro_batches not in (1, "auto"),
+            "store": any(map(self.is_on_disk, STORED_KINDS)),
+            "update_on_device": self.update_on_device not in (0.0, "auto"),
+        }
+        return [name for name, asked in is_asked.items() if asked]
 
     def is_on_disk(self, kind: str) -> bool:
         """Whether ``store`` puts a kind of bytes into files.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_superpipe.config import STORED_KINDS, SuperpipeConfig
+from lightning_superpipe.config import SuperpipeConfig
 from lightning_superpipe.engine.activations import Activations
 from lightning_superpipe.errors import UnsupportedError
 from lightning_superpipe.planning.budget import AUTO_K, MemoryNeed, choose_k, choose_residents
@@ -58,10 +58,7 @@ def most_slots(config: SuperpipeConfig, *, shares_memory: bool) -> int | None:
 
 def may_step_aside(config: SuperpipeConfig) -> bool:
     """Whether a run may go on without streaming: it is allowed, and nothing was asked for that only streaming gives."""
-    knobs = (config.k, config.resident, config.activations)
-    is_wide = config.wire_dtype is None and config.master_weights is None and config.micro_batches in (1, "auto")
-    is_on_host = not any(map(config.is_on_disk, STORED_KINDS)) and config.update_on_device in (0.0, "auto")
-    return config.step_aside is not False and all(knob == "auto" for knob in knobs) and is_wide and is_on_host
+    return config.step_aside is not False and not config.needs_streaming
 
 
 def first_setting(config: SuperpipeConfig, need: MemoryNeed, budget: int | None) -> Setting:

@@ -304,9 +304,8 @@ class Session:
         Args:
             lends: nobody looks at them behind the step either, up to the next one's backward.
         """
-        is_new = self._tuner.is_new and self.guard.attempts.is_open  # else the step that has begun is over
-        if not self.is_open or self._updates is None or is_new:
-            return contextlib.nullcontext()
+        if not self.is_open or self._updates is None or (self._tuner.is_new and self.guard.attempts.is_open):
+            return contextlib.nullcontext()  # a plan's first step is under way, and may have to be repeated
         return self._updates.announced(optimizer, lends=lends)
 
     @property

@@ -73,6 +73,8 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"disk": {"undo": 1}}, "disk.undo=1", "true and false"),
     ({"disk": {"ring": 1}}, "disk.ring=1", "at least 2"),
     ({"disk": {"requests": 0}}, "disk.requests=0", "at least 1"),
+    ({"step_aside": True, "store": "disk"}, "step_aside=True", "with store='disk'"),
+    ({"step_aside": True, "k": 2, "wire_dtype": "bfloat16"}, "step_aside=True", "with k=2, wire_dtype='bfloat16'"),
     ({"disk": {"endurance_tb": 0}}, "disk.endurance_tb=0", "10^12"),
     ({"disk": {"dir": "/fast"}}, "'disk.dir'", "known options: disk.folder"),
     ({"link": 25}, "link=25", "h2d_gb_s"),
