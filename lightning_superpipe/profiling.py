@@ -259,6 +259,7 @@ class Profiler:
             lowest=lowest if self._trains else 0,
             samples=min((count for unit in times.order if (count := self._rows(unit)) > 1), default=1),
             updates=self._updates_per_step() or 1.0,
+            shares_memory=self._engine.lanes.shares_memory,
             update_bytes=kept.updates,
             kernel_bytes=kept.kernels,
             batch_bytes=tuple(self._batch_bytes),

@@ -39,6 +39,7 @@ def workload_on(profile: MachineProfile, step: PlayedStep, host: MachineProfile 
         samples=step.samples,
         tokens=step.tokens,
         undisturbed=step.undisturbed,
+        shares_memory=profile.emulated,
         update_bytes=step.kept.updates,
         kernel_bytes=step.kept.kernels,
     )

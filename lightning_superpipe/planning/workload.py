@@ -164,6 +164,7 @@ class Workload:
         ring: buffers between files and memory, for each of loads and updates.
         in_files: ``"gradients"`` and ``"activations"``, if they lie there; weights and states are told by unit.
         staging_bytes: host memory of buffers, of casts, and of copies to undo a step with.
+        shares_memory: the device is the host, so that weights in a slot need not be read again for their update.
         batch_bytes: of the tensors that units are given in forward, in each step that was measured, first in the one
             whose memory is this one's. They say how much batches differ; empty where only one batch is known.
     """
@@ -184,6 +185,7 @@ class Workload:
     ring: int = 3
     in_files: tuple[str, ...] = ()
     staging_bytes: int = 0
+    shares_memory: bool = False
     batch_bytes: tuple[int, ...] = ()
 
     @cached_property
