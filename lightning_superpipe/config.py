@@ -126,7 +126,8 @@ class SuperpipeConfig:
 
     Attributes:
         k: most units on the device at once, those in flight included; ``"auto"`` begins with a small window, measures
-            five steps and changes over to what is fastest within ``device_memory`` and ``host_memory``.
+            five steps (with files six) and changes over to what is fastest within ``device_memory`` and
+            ``host_memory``.
         resident: units that stay on the device beside those ``k``, evenly spread; ``"auto"`` keeps what pays within
             ``device_memory``, after the same steps; where ``k`` is given, none without ``device_memory``.
         k_prime: units moved per transfer, ``1 <= k_prime <= k``; only ``k_prime < k`` overlaps copies with compute.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from humanize import naturalsize
 
-from lightning_superpipe.config import SuperpipeConfig
+from lightning_superpipe.config import STORED_KINDS, SuperpipeConfig
 from lightning_superpipe.engine.engine import Engine
 from lightning_superpipe.engine.shortage import OutOfDeviceMemory
 from lightning_superpipe.errors import BudgetError, SuperpipeWarning
@@ -32,6 +32,7 @@ from lightning_superpipe.profiling import Profiler
 __all__ = ["Tuner"]
 
 _NUM_COUNTED_STEPS = 2  # the first allocates what later steps use again; the second is like all others
+_NUM_COUNTED_WITH_FILES = 3  # the second one's update is the first that reads states, up to the third step's end
 _NUM_TIMED_STEPS = 3
 _MOST_MORE_STEPS = 64  # where none of those was followed by an update
 _MOST_PLANS = 4  # tried in one run
@@ -93,7 +94,8 @@ class Tuner:
         self._since = self._next = 0
         self._has_fallen_back = False
         self._measured: UnitProfile | None = None
-        self._num_counted = _NUM_COUNTED_STEPS
+        has_files = any(map(config.is_on_disk, STORED_KINDS))
+        self._num_counted = self._num_warm = _NUM_COUNTED_WITH_FILES if has_files else _NUM_COUNTED_STEPS
         self._tried: dict[Setting, _Outcome] = {}
         self._is_over = not self._is_anything_open()
 
@@ -108,7 +110,7 @@ class Tuner:
             self.setting = self._start
         self.choice, self._measured, self._tried = None, None, {}
         self._since = self._next = self._num_more = 0
-        self._num_counted, self._is_over = _NUM_COUNTED_STEPS, not self._is_anything_open()
+        self._num_counted, self._is_over = self._num_warm, not self._is_anything_open()
 
     # -- which steps are measured
 
@@ -359,7 +361,7 @@ class Tuner:
             return False
         self._is_over = self._is_over or self.choice is not None
         self._engine.adopt(setting, self._order)
-        self.setting, self._since, self._num_counted, self._num_more = setting, index, _NUM_COUNTED_STEPS, 0
+        self.setting, self._since, self._num_counted, self._num_more = setting, index, self._num_warm, 0
         self._has_fallen_back = True
         return True
 

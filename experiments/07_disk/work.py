@@ -32,6 +32,7 @@ class Job(NamedTuple):
         trace: file for the recording.
         k: units on the device at once.
         ring: buffers between disk and memory; None leaves it open.
+        activations: what becomes of them.
         profile: file for what the run measures of its units.
         watches: its memory is sampled, which takes a tenth of a core.
     """
@@ -51,6 +52,7 @@ class Job(NamedTuple):
     trace: str | None = None
     k: int = 2
     ring: int | None = None
+    activations: str = "keep"
     profile: str | None = None
     watches: bool = False
 
@@ -113,7 +115,7 @@ def train(job: Job) -> dict[str, Any]:
     pipe = None
     if job.store is not None:
         options = {"store": job.store, "update": job.update, "record_step": job.record_step}
-        options |= {} if job.ring is None else {"disk": {"ring": job.ring}}
+        options |= {"activations": job.activations} | ({} if job.ring is None else {"disk": {"ring": job.ring}})
         pipe = attach(model, optimizer, device="cpu", k=job.k, **options)
     losses, seconds, forwards, in_backward = [], [], [], [0, 0]
     for number in range(job.steps):
