@@ -139,7 +139,7 @@ def _pace_line(row: dict[str, Any]) -> str:
 def main() -> None:
     """Run the stages, show what they give, and write it down if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--table", type=Path, nargs="*", help="result files: predict their grids anew, run nothing")
+    parser.add_argument("--table", type=Path, nargs="*", help="result files: show their grids, run nothing")
     parser.add_argument("--stages", nargs="*", default=STAGES, choices=STAGES)
     parser.add_argument("--blocks", type=int, default=96, help="of 8 * width ** 2 parameters")
     parser.add_argument("--width", type=int, default=512)

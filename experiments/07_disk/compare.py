@@ -1,8 +1,7 @@
-"""Step times and bytes with files: measured for a grid of settings, and as predicted from one run's first steps."""
+"""Step times and bytes with files: measured for a grid of settings, and as runs predict them from their first steps."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,31 +11,29 @@ from typing import Any, NamedTuple
 from work import Job
 
 from lightning_superpipe.observe.unit_profile import UnitProfile
-from lightning_superpipe.planning.prediction import Prediction
 from lightning_superpipe.planning.simulate import simulate
 
 IN_FILES = {"weights": "disk", "states": "disk"}
 UPDATES = {"plain": "after_backward", "announced": "in_backward"}
-PROFILED_STEPS, TIMED_STEPS, NUM_WARM = 8, 12, 2
+NUM_STEPS, NUM_MEASURED = 16, 6  # the first are warm, then three are measured; what is compared comes behind them
 MIB = 1 << 20
 
 
 class Model(NamedTuple):
-    """A network and its batch, with the settings it is trained under; the first of them is the one that is measured."""
+    """A network and its batch, with windows and rings to train it under."""
 
     width: int
     blocks: int
     batch: int
-    ks: tuple[int, ...]
-    rings: tuple[int, ...]
+    settings: tuple[tuple[int, int], ...] = ((3, 3), (1, 3), (8, 3), (3, 2))
     activations: str = "keep"
 
 
 GRID = (
-    Model(512, 24, 32, (3, 1, 8), (3, 2)),
-    Model(512, 24, 128, (3, 1, 8), (3, 2)),
-    Model(1024, 6, 512, (2,), (3,)),
-    Model(512, 24, 1024, (3,), (3,), "offload"),
+    Model(512, 24, 32),
+    Model(512, 24, 128),
+    Model(1024, 6, 512, ((2, 3), (3, 3))),
+    Model(512, 24, 512, ((3, 3), (2, 3)), "offload"),
 )
 
 
@@ -45,50 +42,63 @@ def measure_grid(
     grid: Sequence[Model],
     write_weights: Callable[[Path, int, int, int], None],
     run: Callable[[Job], dict[str, Any]],
-) -> dict[str, Any]:
-    """Run each model under each setting; its units and its disk are measured in one run, a plain loop."""
-    profiles: dict[str, Any] = {}
+) -> list[dict[str, Any]]:
+    """Run each model under each setting; each run tells what to expect of itself, and of the one that comes next."""
     rows: list[dict[str, Any]] = []
     for model in grid:
-        initial = folder / f"grid-{model.width}-{model.blocks}"
+        initial, file = folder / f"grid-{model.width}-{model.blocks}", folder / "profile.json"
         if not initial.exists():
             write_weights(initial, model.width, model.blocks, 0)
         store = IN_FILES | ({"activations": "disk"} if model.activations == "offload" else {})
         job = Job(str(initial), store, batch=model.batch, width=model.width, activations=model.activations)
-        job = job._replace(blocks=model.blocks, k=model.ks[0], ring=model.rings[0])
-        name, file = f"{model.width} x {model.blocks}, {model.batch}", folder / "profile.json"
-        run(job._replace(steps=PROFILED_STEPS, profile=str(file)))
-        profiles[name] = json.loads(file.read_text())
-        for k, ring, loop in ((k, ring, loop) for k in model.ks for ring in model.rings for loop in UPDATES):
-            found = run(job._replace(steps=TIMED_STEPS, k=k, ring=ring, announces=loop == "announced"))
-            row = {"model": name, "activations": model.activations, "k": k, "ring": ring, "loop": loop}
-            row |= {name: found[name] for name in ("step_seconds", "read_bytes", "written_bytes")}
+        job = job._replace(blocks=model.blocks, profile=str(file), steps=NUM_STEPS)
+        before: UnitProfile | None = None
+        for (k, ring), loop in ((setting, loop) for setting in model.settings for loop in UPDATES):
+            found = run(job._replace(k=k, ring=ring, announces=loop == "announced"))
+            row = {"model": f"{model.width} x {model.blocks}, {model.batch}", "activations": model.activations}
+            row |= {"k": k, "ring": ring, "loop": loop, "step_seconds": found["step_seconds"]}
+            row |= {name: found[name] for name in ("read_bytes", "written_bytes")}
+            own = UnitProfile.load(file)
+            for name, profile in (("own", own), ("before", before)):
+                row[f"predicted_{name}"] = None if profile is None else predicted(row, profile)
+            before = own
             rows.append(row)
-            print(prediction_line(row, profiles[name]), flush=True)
-    return {"profiles": profiles, "rows": rows}
+            print(prediction_line(row), flush=True)
+    return rows
 
 
-def predicted(row: dict[str, Any], profile: UnitProfile) -> Prediction:
-    """Return the step that the simulation expects."""
+def predicted(row: dict[str, Any], profile: UnitProfile) -> dict[str, Any]:
+    """Return what the simulation expects of a run: seconds of a step, and bytes."""
     setting = replace(profile.setting, k=row["k"], update=UPDATES[row["loop"]])
-    return simulate(replace(profile.workload, ring=row["ring"]), profile.speeds, setting)
+    found = simulate(replace(profile.workload, ring=row["ring"]), profile.speeds, setting)
+    return {
+        "step_s": found.step_s,
+        "read_bytes": found.disk.read_bytes,
+        "written_bytes": found.disk.written_bytes,
+        "busiest": found.busiest,
+    }
 
 
-def prediction_line(row: dict[str, Any], profile: dict[str, Any]) -> str:
-    """Return a row of the table: what was measured, and what the simulation expects."""
-    step_s, found = statistics.median(row["step_seconds"][NUM_WARM:]), predicted(row, UnitProfile.parse(profile))
-    moved = [(row["read_bytes"], found.disk.read_bytes), (row["written_bytes"], found.disk.written_bytes)]
-    read, written = (f"{took / MIB:.0f} / {told / MIB:.0f}" for took, told in moved)
+def prediction_line(row: dict[str, Any]) -> str:
+    """Return a row of the table: what was measured, and what was expected."""
+    step_s, own = statistics.median(row["step_seconds"][NUM_MEASURED:]), row["predicted_own"]
+    moved = [f"{row[name] / MIB:.0f} / {own[name] / MIB:.0f}" for name in ("read_bytes", "written_bytes")]
+    told = [
+        "" if each is None else f"{each['step_s']:.2f} ({each['step_s'] / step_s - 1:+.0%})"
+        for each in (own, row["predicted_before"])
+    ]
+    name = f"{row['model']}{', offloaded' * (row['activations'] == 'offload')}"
     return (
-        f"| {row['model']}{', offloaded' * (row['activations'] == 'offload')} | {row['k']} | {row['ring']} | "
-        f"{row['loop']} | {step_s:.2f} | {found.step_s:.2f} | {found.step_s / step_s - 1:+.0%} | {read} | {written} |"
+        f"| {name} | {row['k']} | {row['ring']} | {row['loop']} | {step_s:.2f} | {told[0]} | {told[1]} | "
+        f"{own['busiest']} | {moved[0]} | {moved[1]} |"
     )
 
 
-def prediction_lines(grid: dict[str, Any]) -> list[str]:
-    """Return a table of what was measured and what the simulation expects."""
+def prediction_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a table of what was measured and what was expected."""
     return [
-        "| width x blocks, batch | k | ring | loop | step | predicted | off by | MiB read / predicted | written |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(prediction_line(row, grid["profiles"][row["model"]]) for row in grid["rows"]),
+        "| width x blocks, batch | k | ring | loop | step | predicted by its own first steps | by the run before "
+        "| busiest | MiB read / predicted | written |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *map(prediction_line, rows),
     ]

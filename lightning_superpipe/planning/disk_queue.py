@@ -135,7 +135,7 @@ class DiskQueue:
 
     def load(self, unit: int, ready_s: float, work: UnitWork) -> DiskMove:
         """Read a unit's weights, behind all loads before."""
-        load = DiskMove(ready_s, work.disk_read_bytes, self._latest.get(unit))
+        load = DiskMove(ready_s, work.disk_read_bytes, self._latest.pop(unit, None))  # the first behind it is the last
         self._loads.append(load)
         return load
 

@@ -55,6 +55,13 @@ def test_weights_are_in_memory_until_their_place_is_taken(between: int, seconds:
     assert queue.end_s(queue.load(0, over_s, unit())) == over_s + seconds
 
 
+def test_what_an_update_leaves_serves_one_load() -> None:
+    queue = disk()
+    over_s = queue.end_s(queue.update(0, 0, 0.0, unit()))
+    first, second = (queue.end_s(queue.load(0, over_s, unit())) for _ in range(2))
+    assert (first, second) == (over_s, over_s + 1.0)
+
+
 def test_weights_are_loaded_from_memory_while_their_file_is_written() -> None:
     queue = disk()
     update = queue.update(0, 0, 0.0, unit(update_s=1.0))
