@@ -154,6 +154,7 @@ class Forecast:
             ("loads under the forward", free.forward, forward_s),
             ("loads and gradients under the backward", free.backward, backward_s),
             ("updates under both", free.update, forward_s + backward_s),
+            *((("reads and writes of files under both", free.disk, forward_s + backward_s),) if free.disk else ()),
         )
         for name, needed, compute_s in parts:
             yield f"  {batch} x {_time(needed * compute_s / batch)} / {_time(compute_s)} = {needed:.3g}, {name}"

@@ -20,17 +20,19 @@ class FreeBatch:
         backward: loads under the backward, and gradients on their way home beside them.
         update: updates on the host under both.
         tokens_per_sample: 0 where nobody counts them.
+        disk: reads and writes of weights and states in files under both; activations are not counted.
     """
 
     forward: float
     backward: float
     update: float
     tokens_per_sample: float = 0.0
+    disk: float = 0.0
 
     @property
     def samples(self) -> float:
         """Whole samples from which on all of it is hidden."""
-        most = max(self.forward, self.backward, self.update)
+        most = max(self.forward, self.backward, self.update, self.disk)
         return most if math.isinf(most) else float(max(1, math.ceil(most - 1e-9)))
 
     @property
@@ -60,7 +62,8 @@ def smallest_free_batch(workload: Workload, speeds: Speeds, *, recompute: bool =
     loads_s = sum(speeds.h2d.seconds(unit.weight_bytes) for unit in units)
     forward = samples * _ratio(loads_s, forward_s)
     if not workload.trains:
-        return FreeBatch(forward, 0.0, 0.0, workload.tokens / max(samples, 1))
+        disk = samples * _ratio(sum(_read_s(speeds, unit.disk_read_bytes) for unit in units), forward_s)
+        return FreeBatch(forward, 0.0, 0.0, workload.tokens / max(samples, 1), disk)
     below = units[workload.lowest :]
     backward_s = sum(unit.backward_s + recompute * unit.forward_s for unit in below)
     copies_s = 0.0
@@ -77,7 +80,23 @@ def smallest_free_batch(workload: Workload, speeds: Speeds, *, recompute: bool =
         samples * _ratio(copies_s, backward_s),
         samples * _ratio(updates_s, forward_s + backward_s),
         workload.tokens / max(samples, 1),
+        samples * _ratio(_disk_s(workload, speeds), forward_s + backward_s),
     )
+
+
+def _disk_s(workload: Workload, speeds: Speeds) -> float:
+    """Seconds of a training step's reads and writes, as if nothing was in memory still but weights for their update."""
+    seconds = sum(_read_s(speeds, unit.disk_read_bytes) for unit in workload.units)
+    for unit in workload.units[workload.lowest :]:
+        states = unit.disk_state_bytes
+        seconds += _read_s(speeds, unit.disk_read_bytes) + _read_s(speeds, states)
+        for num_bytes in (states, unit.disk_write_bytes - states):
+            seconds += speeds.disk_write.seconds(num_bytes) if num_bytes and speeds.disk_write is not None else 0.0
+    return seconds
+
+
+def _read_s(speeds: Speeds, num_bytes: int) -> float:
+    return speeds.disk_read.seconds(num_bytes) if num_bytes and speeds.disk_read is not None else 0.0
 
 
 def free_tokens(

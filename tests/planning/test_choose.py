@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from lightning_superpipe.planning import (
     smallest_free_batch,
 )
 from lightning_superpipe.planning.choose import needed_bytes
+from lightning_superpipe.planning.disk_tier import with_files
 from lightning_superpipe.planning.margin import activation_margin
 from lightning_superpipe.planning.need import device_need, host_use
 
@@ -277,6 +279,25 @@ def test_few_settings_of_a_large_model_are_simulated(gib):
 
 
 # -- the smallest batch that is free
+
+
+@pytest.mark.parametrize("rate", [5.0, 20.0])
+def test_files_are_free_from_the_batch_on_whose_compute_hides_them(rate):
+    unit = UnitWork("h", 10, 10, 20, forward_s=1.0, backward_s=2.0)
+    stored = with_files(Workload((unit,) * 16, samples=2), {"weights", "states"})
+    speeds = machine(1e6, 1e6, disk_read=Curve.steady(rate), disk_write=Curve.steady(rate))
+    free = smallest_free_batch(stored, speeds)
+    assert free.disk == pytest.approx(2 * (20 + 20 + 30) / rate / 3)
+    assert free.samples == math.ceil(free.disk)
+    assert smallest_free_batch(stored, machine(1e6, 1e6)).disk == 0.0
+    frozen = replace(stored, trains=False)
+    assert smallest_free_batch(frozen, speeds).disk == pytest.approx(2 * 10 / rate)
+    for share, is_free in ((0.8, False), (1.2, True)):
+        grown = tuple(
+            replace(each, forward_s=share * free.disk / 2, backward_s=share * free.disk) for each in stored.units
+        )
+        step = simulate(replace(stored, units=grown), speeds, Setting(k=2, update="in_backward"))
+        assert (step.step_s < 1.1 * step.busy.compute) is is_free
 
 
 def test_at_the_smallest_free_batch_a_step_takes_its_compute_and_below_it_does_not():
