@@ -136,7 +136,7 @@ def choose(workload: Workload, speeds: Speeds, limits: Limits | None = None, ask
         PlanError: what was asked for is impossible.
         BudgetError: nothing that was asked for fits; the message says what would.
 
-    Cost: at most a second for 200 units.
+    Cost: at most a second for 200 units, two where they lie in files.
 
     >>> from lightning_superpipe.planning.workload import Curve, UnitWork
     >>> unit = UnitWork("h", 10, 10, forward_s=1.5, backward_s=3.0, activation_bytes=5, forward_bytes=5)
