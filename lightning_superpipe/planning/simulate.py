@@ -281,9 +281,9 @@ class _Run:
         self.offloads.fetch(index, self.now)
         for action in moves:
             self._move(action)
-        is_read = isinstance(self.arrivals[index], DiskMove)
+        is_in_buffer = isinstance(self.arrivals[index], DiskMove) or self.workload.shares_memory
         self._require(index)
-        if self.setting.update == "in_backward" and unit.disk_read_bytes and (is_read or self.workload.shares_memory):
+        if is_in_buffer and self.setting.update == "in_backward" and 0 < unit.disk_read_bytes <= unit.disk_update_bytes:
             self.disk.keep(index, self.now)
         if (returning := self.offloads.arrival(index)) is not None:
             self._wait(returning, index)
