@@ -305,7 +305,7 @@ class Session:
             lends: nobody looks at them behind the step either, up to the next one's backward.
         """
         if not self.is_open or self._updates is None or (self._tuner.is_new and self.guard.attempts.is_open):
-            return contextlib.nullcontext()  # a plan's first step is under way, and may have to be repeated
+            return contextlib.nullcontext()  # a plan's first steps may have to be repeated
         return self._updates.announced(optimizer, lends=lends)
 
     @property

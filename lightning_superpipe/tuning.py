@@ -36,6 +36,7 @@ _NUM_COUNTED_WITH_FILES = 3  # the second one's update is the first that reads s
 _NUM_TIMED_STEPS = 3
 _MOST_MORE_STEPS = 64  # where none of those was followed by an update
 _MOST_PLANS = 4  # tried in one run
+_NUM_NEW_STEPS = 2  # under another plan may have to be repeated, so units are updated behind them
 _NOTHING_SMALLER = (
     "The step has not happened: weights, buffers and random numbers are those of the last finished one. Take a smaller "
     "batch, mark smaller units (units=...), or leave k, resident and activations to 'auto'."
@@ -293,14 +294,15 @@ class Tuner:
                 f"on with {self.setting.k + self.setting.resident}."
             )
             return
-        self.setting, self._since, self._num_counted, self._num_more = setting, index, 1, 0
+        self.setting, self._since, self._num_counted, self._num_more = setting, index, _NUM_NEW_STEPS, 0
 
     # -- out of memory
 
     @property
     def is_new(self) -> bool:
-        """Whether the step that has begun is the first under the setting in force, which is not the run's first."""
-        return 0 < self._since == self._next or self._has_fallen_back
+        """Whether the step that has begun is one of the first under the setting in force, which is not the run's first."""
+        is_first = self._since <= self._next < self._since + _NUM_NEW_STEPS
+        return (self._since > 0 and is_first) or self._has_fallen_back
 
     def fall_back(self, index: int, reason: str, where: str) -> None:
         """The device had no room for a step: use the next smaller setting from this one on.
