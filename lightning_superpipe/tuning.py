@@ -300,7 +300,7 @@ class Tuner:
 
     @property
     def is_new(self) -> bool:
-        """Whether the step that has begun is one of the first under the setting in force, which is not the run's first."""
+        """Whether the step that has begun is one of the first under a setting that replaced another."""
         is_first = self._since <= self._next < self._since + _NUM_NEW_STEPS
         return (self._since > 0 and is_first) or self._has_fallen_back
 

@@ -83,9 +83,8 @@ class UnitProfile:
     def _from_dict(cls, state: dict[str, Any]) -> UnitProfile:
         work = dict(state.pop("workload"))
         units = tuple(UnitWork(**{**unit, "policies": tuple(unit["policies"])}) for unit in work.pop("units"))
-        batch_bytes, in_files = (
-            tuple(work.pop(name, ())) for name in ("batch_bytes", "in_files")
-        )  # not in older files
+        # Older files have none of these.
+        batch_bytes, in_files = (tuple(work.pop(name, ())) for name in ("batch_bytes", "in_files"))
         setting = state.pop("setting")
         return cls(
             workload=Workload(units=units, batch_bytes=batch_bytes, in_files=in_files, **work),

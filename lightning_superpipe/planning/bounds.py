@@ -83,21 +83,18 @@ class StepBounds:
     @cached_property
     def _disk_s(self) -> float:
         """Reads and writes of all updates, as if their weights were in memory still; loads may need none."""
-        read, write = self.speeds.disk_read, self.speeds.disk_write
-        units = [self.workload.units[i] for i in self._backward_units]
-        updated = [unit for unit in units if unit.gradient_bytes and unit.disk_write_bytes]
-        if read is None or write is None or not updated:
-            return 0.0
-        states = [unit.disk_state_bytes for unit in updated]
-        weights = [unit.disk_write_bytes - each for unit, each in zip(updated, states, strict=True)]
-        return sum(map(read.seconds, filter(None, states))) + sum(map(write.seconds, filter(None, [*states, *weights])))
+        seconds = 0.0
+        for unit in (self.workload.units[i] for i in self._backward_units):
+            states = unit.disk_state_bytes
+            written_s = self.speeds.write_s(states) + self.speeds.write_s(unit.disk_write_bytes - states)
+            seconds += self.speeds.read_s(states) + written_s if unit.gradient_bytes else 0.0
+        return seconds
 
     def _offload_s(self, num_bytes: int, *, returns: bool) -> float:
         """Of one unit's activations, on the disk."""
-        read, write = self.speeds.disk_read, self.speeds.disk_write
-        if read is None or write is None or "activations" not in self.workload.in_files:
+        if "activations" not in self.workload.in_files:
             return 0.0
-        return write.seconds(num_bytes) + (read.seconds(num_bytes) if returns else 0.0)
+        return self.speeds.write_s(num_bytes) + (self.speeds.read_s(num_bytes) if returns else 0.0)
 
     def _reload_s(self, setting: Setting, there: frozenset[int]) -> float:
         """Copies of weights to the device: all of them, and again those that do not stay over the turn."""

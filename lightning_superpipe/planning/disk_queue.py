@@ -13,11 +13,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from lightning_superpipe.planning.disk_work import DiskWork
-from lightning_superpipe.planning.workload import Curve, Setting, Speeds, UnitWork, Workload
+from lightning_superpipe.planning.workload import Speeds, UnitWork
 
-__all__ = ["DiskMove", "DiskQueue", "DiskUpdate", "ReadAhead", "disk_of"]
-
-_FREE = Curve(((0, 0.0), (1, 0.0)))
+__all__ = ["DiskMove", "DiskQueue", "DiskUpdate", "ReadAhead"]
 
 
 class DiskUpdate:
@@ -34,11 +32,6 @@ class DiskUpdate:
         self.unit, self.rank, self.ready_s, self.work = unit, rank, ready_s, work
         self.turn = -1
         self.run_s = self.end_s = math.nan
-
-    @property
-    def leaves_weights(self) -> bool:
-        """Whether it holds the unit's weights in memory when it is over."""
-        return 0 < self.work.disk_read_bytes <= self.work.disk_update_bytes
 
 
 class DiskMove:
@@ -95,12 +88,14 @@ class DiskQueue:
     Time is played up to the moment that somebody asks about. What is handed over later begins later.
 
     Args:
-        read, write: of one request, alone.
+        speeds: of one read or write, alone; a disk that nobody has measured takes no time.
         num_places: updates between the begin of their read and the end of their write; as many units' weights are
             kept from a backward to their update.
         hands_over: loads find what updates have left; not where all are over before anything is loaded.
 
-    >>> disk = DiskQueue(Curve.steady(10.0), Curve.steady(10.0), 2)
+    >>> from lightning_superpipe.planning.workload import Curve
+    >>> steady = Curve.steady(10.0)
+    >>> disk = DiskQueue(Speeds(steady, steady, disk_read=steady, disk_write=steady), 2)
     >>> unit = UnitWork("h", 10, update_s=1.0, disk_read_bytes=10, disk_update_bytes=20, disk_write_bytes=20)
     >>> update = disk.update(0, 0, 0.0, unit)
     >>> load = disk.load(0, 0.0, unit)
@@ -112,8 +107,8 @@ class DiskQueue:
     (9.0, DiskWork(read_bytes=40, written_bytes=40))
     """
 
-    def __init__(self, read: Curve, write: Curve, num_places: int, *, hands_over: bool = True) -> None:
-        self._read_curve, self._write_curve = read, write
+    def __init__(self, speeds: Speeds, num_places: int, *, hands_over: bool = True) -> None:
+        self._speeds = speeds
         self._num_places, self._hands_over = num_places, hands_over
         self._read_bytes = self._written_bytes = 0
         self._sender, self._fetcher = _Mover(), _Mover()
@@ -238,14 +233,14 @@ class DiskQueue:
 
     def _reading_s(self, num_bytes: int) -> float:
         """Count a read; return its seconds, alone."""
-        seconds = self._read_curve.seconds(num_bytes) if num_bytes else 0.0
+        seconds = self._speeds.read_s(num_bytes)
         self._read_bytes += num_bytes
         self.busy_s += seconds
         return seconds
 
     def _writing_s(self, num_bytes: int) -> float:
         """Count a write; return its seconds, alone."""
-        seconds = self._write_curve.seconds(num_bytes) if num_bytes else 0.0
+        seconds = self._speeds.write_s(num_bytes)
         self._written_bytes += num_bytes
         self.busy_s += seconds
         return seconds
@@ -258,7 +253,7 @@ class DiskQueue:
 
     def _is_in_memory(self, behind: DiskUpdate | DiskMove | None) -> bool:
         """Whether an update leaves weights in its place, which has not been taken by another since."""
-        if not (isinstance(behind, DiskUpdate) and self._hands_over and behind.leaves_weights):
+        if not (isinstance(behind, DiskUpdate) and self._hands_over and behind.work.updates_weights_in_files):
             return False
         return self._num_begun - behind.turn < self._num_places
 
@@ -319,9 +314,3 @@ class ReadAhead:
             unit = self._to_come.popleft()
             if self._units[unit].disk_read_bytes:
                 self._ahead.append((unit, self.disk.load(unit, now_s, self._units[unit])))
-
-
-def disk_of(workload: Workload, speeds: Speeds, setting: Setting) -> DiskQueue:
-    """Return the disk of a run; one that nobody has measured takes no time."""
-    read, write = speeds.disk_read or _FREE, speeds.disk_write or _FREE
-    return DiskQueue(read, write, workload.ring, hands_over=setting.update != "at_once")

@@ -37,7 +37,9 @@ class FileRoute:
         there: likewise to the device.
 
     >>> from lightning_superpipe.planning.workload import Curve, Speeds
-    >>> link, disk = Link(Speeds(Curve.steady(10.0), Curve.steady(10.0))), DiskQueue(*[Curve.steady(5.0)] * 2, 3)
+    >>> fast, slow = Curve.steady(10.0), Curve.steady(5.0)
+    >>> speeds = Speeds(fast, fast, disk_read=slow, disk_write=slow)
+    >>> link, disk = Link(speeds), DiskQueue(speeds, 3)
     >>> route = FileRoute(
     ...     [10] * 5, disk, link, lambda *job: link.copy(link.d2h, *job), lambda *job: link.copy(link.h2d, *job)
     ... )

@@ -62,7 +62,7 @@ def smallest_free_batch(workload: Workload, speeds: Speeds, *, recompute: bool =
     loads_s = sum(speeds.h2d.seconds(unit.weight_bytes) for unit in units)
     forward = samples * _ratio(loads_s, forward_s)
     if not workload.trains:
-        disk = samples * _ratio(sum(_read_s(speeds, unit.disk_read_bytes) for unit in units), forward_s)
+        disk = samples * _ratio(sum(speeds.read_s(unit.disk_read_bytes) for unit in units), forward_s)
         return FreeBatch(forward, 0.0, 0.0, workload.tokens / max(samples, 1), disk)
     below = units[workload.lowest :]
     backward_s = sum(unit.backward_s + recompute * unit.forward_s for unit in below)
@@ -86,17 +86,12 @@ def smallest_free_batch(workload: Workload, speeds: Speeds, *, recompute: bool =
 
 def _disk_s(workload: Workload, speeds: Speeds) -> float:
     """Seconds of a training step's reads and writes, as if nothing was in memory still but weights for their update."""
-    seconds = sum(_read_s(speeds, unit.disk_read_bytes) for unit in workload.units)
+    seconds = sum(speeds.read_s(unit.disk_read_bytes) for unit in workload.units)
     for unit in workload.units[workload.lowest :]:
         states = unit.disk_state_bytes
-        seconds += _read_s(speeds, unit.disk_read_bytes) + _read_s(speeds, states)
-        for num_bytes in (states, unit.disk_write_bytes - states):
-            seconds += speeds.disk_write.seconds(num_bytes) if num_bytes and speeds.disk_write is not None else 0.0
+        seconds += speeds.read_s(unit.disk_read_bytes) + speeds.read_s(states)
+        seconds += speeds.write_s(states) + speeds.write_s(unit.disk_write_bytes - states)
     return seconds
-
-
-def _read_s(speeds: Speeds, num_bytes: int) -> float:
-    return speeds.disk_read.seconds(num_bytes) if num_bytes and speeds.disk_read is not None else 0.0
 
 
 def free_tokens(

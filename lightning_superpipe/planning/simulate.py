@@ -22,7 +22,7 @@ from collections import deque
 
 from lightning_superpipe.planning.actions import Action, Op, Plan
 from lightning_superpipe.planning.device_updates import DeviceUpdate, DeviceUpdates
-from lightning_superpipe.planning.disk_queue import DiskMove, DiskUpdate, ReadAhead, disk_of
+from lightning_superpipe.planning.disk_queue import DiskMove, DiskQueue, DiskUpdate, ReadAhead
 from lightning_superpipe.planning.file_route import FileRoute
 from lightning_superpipe.planning.link import Copying, Link
 from lightning_superpipe.planning.need import (
@@ -107,7 +107,7 @@ class _Run:
         self.device, self.under_way = DeviceUpdates(self.link, self._count_update), dict[int, DeviceUpdate]()
         self.in_slots: frozenset[int] = frozenset()
         self.limit_bytes = gradient_limit_bytes(workload)
-        self.disk = disk_of(workload, speeds, setting)
+        self.disk = DiskQueue(speeds, workload.ring, hands_over=setting.update != "at_once")
         self.files = ReadAhead(self.disk, workload.units, workload.ring) if workload.has_stored_units else None
         self.now = self.host_free_s = 0.0
         self.updated_s = [0.0] * n
@@ -283,7 +283,7 @@ class _Run:
             self._move(action)
         is_in_buffer = isinstance(self.arrivals[index], DiskMove) or self.workload.shares_memory
         self._require(index)
-        if is_in_buffer and self.setting.update == "in_backward" and 0 < unit.disk_read_bytes <= unit.disk_update_bytes:
+        if is_in_buffer and self.setting.update == "in_backward" and unit.updates_weights_in_files:
             self.disk.keep(index, self.now)
         if (returning := self.offloads.arrival(index)) is not None:
             self._wait(returning, index)

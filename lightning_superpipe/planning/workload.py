@@ -88,6 +88,14 @@ class Speeds:
     disk_read: Curve | None = None
     disk_write: Curve | None = None
 
+    def read_s(self, num_bytes: int) -> float:
+        """Return how long reading so many bytes from a file takes, seconds; nothing where nobody has measured it."""
+        return self.disk_read.seconds(num_bytes) if num_bytes and self.disk_read is not None else 0.0
+
+    def write_s(self, num_bytes: int) -> float:
+        """Likewise of writing."""
+        return self.disk_write.seconds(num_bytes) if num_bytes and self.disk_write is not None else 0.0
+
 
 @dataclass(frozen=True)
 class UnitWork:
@@ -140,6 +148,11 @@ class UnitWork:
     def disk_state_bytes(self) -> int:
         """Of what updates read from a disk, that which loads do not read."""
         return max(0, self.disk_update_bytes - self.disk_read_bytes)
+
+    @property
+    def updates_weights_in_files(self) -> bool:
+        """Whether its weights are read for its loads and for its updates."""
+        return 0 < self.disk_read_bytes <= self.disk_update_bytes
 
 
 @dataclass(frozen=True)

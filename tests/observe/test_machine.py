@@ -164,7 +164,7 @@ def test_this_machine_says_why_it_has_no_page_locked_memory(tmp_path: Path) -> N
         "assert made.speeds() == made.speeds(pinned=False)\n"
         "try:\n"
         "    torch.empty(1, pin_memory=True)\n"
-        "except (RuntimeError, AssertionError) as error:\n"  # builds differ in their words
+        "except RuntimeError as error:\n"  # builds differ in their words
         "    assert made.why_not_pinned.strip() and made.why_not_pinned.strip() in str(error), made.why_not_pinned\n"
         "    print('said')"
     )

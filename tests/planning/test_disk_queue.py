@@ -25,7 +25,7 @@ def unit(weights: int = 1, states: int = 2, update_s: float = 0.0) -> UnitWork:
 
 
 def disk(num_places: int = 3) -> DiskQueue:
-    return DiskQueue(RATE, RATE, num_places)
+    return DiskQueue(Speeds(FAST, FAST, disk_read=RATE, disk_write=RATE), num_places)
 
 
 def test_reads_and_writes_at_once_share_the_disk() -> None:

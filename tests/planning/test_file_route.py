@@ -46,8 +46,8 @@ def offloaded(workload: Workload) -> Workload:
 @thorough
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 4))
 def test_no_more_is_under_way_than_buffers_hold(sizes: list[int], link_s: int, disk_s: int) -> None:
-    rates = Curve.steady(1 / link_s), Curve.steady(1 / disk_s)
-    link, disk = Link(Speeds(rates[0], rates[0])), DiskQueue(rates[1], rates[1], 3)
+    speeds = machine(1 / link_s, 1 / link_s, disk_read=Curve.steady(1 / disk_s), disk_write=Curve.steady(1 / disk_s))
+    link, disk = Link(speeds), DiskQueue(speeds, 3)
     there: list[tuple[float, Copying]] = []
 
     def to_device(size: int, ready_s: float) -> Copying:
