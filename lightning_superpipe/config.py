@@ -275,6 +275,11 @@ class SuperpipeConfig:
         return 1 if self.micro_batches == "auto" else self.micro_batches
 
     @property
+    def disk_options(self) -> Disk:
+        """Options of files, the defaults where none are given."""
+        return self.disk or Disk()
+
+    @property
     def needs_streaming(self) -> list[str]:
         """Options that ask for what an ordinary run does not give.
 

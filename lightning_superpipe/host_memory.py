@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_superpipe.config import STORED_KINDS, Disk, SuperpipeConfig
+from lightning_superpipe.config import STORED_KINDS, SuperpipeConfig
 from lightning_superpipe.engine.staging import NUM_BUFFERS
 from lightning_superpipe.engine.wire import Wire
 from lightning_superpipe.observe.host_bytes import HostBytes, available_bytes, storage_bytes
@@ -132,7 +132,7 @@ def need_beside_files(config: SuperpipeConfig, need: HostNeed, sizes: Sequence[i
         streamed=sum(sizes),
         largest=max(sizes),
         num_buffers=files.ring,
-        undo=(config.disk or Disk()).undo,
+        undo=config.disk_options.undo,
         kept=sum(sizes[unit] for unit in files.in_memory),
     )
 
@@ -161,7 +161,7 @@ def choose_for(config: SuperpipeConfig, need: HostNeed, sizes: Sequence[int], *,
         need: of host memory, without files.
         sizes: weights of each unit, bytes.
     """
-    options = config.disk or Disk()
+    options = config.disk_options
     return choose_files(
         need,
         stored_kinds(config),

@@ -392,7 +392,7 @@ class Session:
             sees_loop=self._meter.sees_all or not self._owns_root,
             plan="\n".join(filter(None, (self._tuner.plan, self._share.plan)))
             + self._files.remark(len(self._engine.units), is_used=bool(self._tier.disks)),
-            endurance_tb=None if self.config.disk is None else self.config.disk.endurance_tb,
+            endurance_tb=self.config.disk_options.endurance_tb,
         )
 
     def _static_bytes(self) -> tuple[int, int]:

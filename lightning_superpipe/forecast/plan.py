@@ -253,7 +253,7 @@ def forecast_of(profile: MachineProfile, played: PlayedStep, config: SuperpipeCo
         free=smallest_free_batch(workload, speeds, recompute=recomputes),
         recomputes=recomputes,
         remarks=remarks,
-        endurance_tb=None if config.disk is None else config.disk.endurance_tb,
+        endurance_tb=config.disk_options.endurance_tb,
     )
 
 

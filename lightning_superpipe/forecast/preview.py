@@ -119,7 +119,7 @@ def preview(module: nn.Module, config: SuperpipeConfig) -> Preview:
         peak_bytes=predicted_peak_bytes(units, k),
         disk=_disk_work(config, units, training, files),
         files=files,
-        endurance_tb=None if config.disk is None else config.disk.endurance_tb,
+        endurance_tb=config.disk_options.endurance_tb,
         has_activations_in_files=config.is_on_disk("activations"),
     )
 

@@ -51,7 +51,7 @@ class Places(Tier):
         self._folder: Folder | None = None
         kinds = [kind for kind in STORED_KINDS if config.is_on_disk(kind)]
         if kinds:
-            self._open(kinds, config.disk or Disk(), trains=trains)
+            self._open(kinds, config.disk_options, trains=trains)
 
     def _open(self, kinds: list[str], options: Disk, *, trains: bool) -> None:
         self._folder = Folder(options, trains=trains)
