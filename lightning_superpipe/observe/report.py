@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_superpipe.observe.host_bytes import HostBytes
+from lightning_superpipe.planning.disk_work import DiskWork
 from lightning_superpipe.planning.prediction import PeakBytes
 
 __all__ = ["PeakBytes", "Report", "StepCounters"]
@@ -134,8 +135,8 @@ class Report:
     @property
     def drive_life_per_step(self) -> float | None:
         """Share of the drive's life that the last step's writes cost; None if its endurance is not known."""
-        written = self.last_step.disk_written_bytes
-        return None if self.endurance_tb is None else written / (self.endurance_tb * 1e12)
+        written = DiskWork(written_bytes=self.last_step.disk_written_bytes)
+        return None if self.endurance_tb is None else written.life(self.endurance_tb)
 
     @property
     def disk_read_bytes(self) -> int:

@@ -83,12 +83,8 @@ class StepBounds:
     @cached_property
     def _disk_s(self) -> float:
         """Reads and writes of all updates, as if their weights were in memory still; loads may need none."""
-        seconds = 0.0
-        for unit in (self.workload.units[i] for i in self._backward_units):
-            states = unit.disk_state_bytes
-            written_s = self.speeds.write_s(states) + self.speeds.write_s(unit.disk_write_bytes - states)
-            seconds += self.speeds.read_s(states) + written_s if unit.gradient_bytes else 0.0
-        return seconds
+        units = (self.workload.units[i] for i in self._backward_units)
+        return sum(self.speeds.file_update_s(unit) for unit in units if unit.gradient_bytes)
 
     def _offload_s(self, num_bytes: int, *, returns: bool) -> float:
         """Of one unit's activations, on the disk."""

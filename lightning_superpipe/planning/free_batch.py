@@ -86,12 +86,9 @@ def smallest_free_batch(workload: Workload, speeds: Speeds, *, recompute: bool =
 
 def _disk_s(workload: Workload, speeds: Speeds) -> float:
     """Seconds of a training step's reads and writes, as if nothing was in memory still but weights for their update."""
-    seconds = sum(speeds.read_s(unit.disk_read_bytes) for unit in workload.units)
-    for unit in workload.units[workload.lowest :]:
-        states = unit.disk_state_bytes
-        seconds += speeds.read_s(unit.disk_read_bytes) + speeds.read_s(states)
-        seconds += speeds.write_s(states) + speeds.write_s(unit.disk_write_bytes - states)
-    return seconds
+    below = workload.units[workload.lowest :]
+    loads_s = sum(speeds.read_s(unit.disk_read_bytes) for unit in (*workload.units, *below))
+    return loads_s + sum(map(speeds.file_update_s, below))
 
 
 def free_tokens(

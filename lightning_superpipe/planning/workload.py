@@ -96,6 +96,12 @@ class Speeds:
         """Likewise of writing."""
         return self.disk_write.seconds(num_bytes) if num_bytes and self.disk_write is not None else 0.0
 
+    def file_update_s(self, unit: UnitWork) -> float:
+        """Return how long a unit's update reads and writes files, seconds, where its weights are in memory."""
+        states = unit.disk_state_bytes
+        written_s = self.write_s(states) + self.write_s(unit.disk_write_bytes - states)
+        return self.read_s(states) + written_s
+
 
 @dataclass(frozen=True)
 class UnitWork:
