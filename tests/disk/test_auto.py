@@ -17,8 +17,8 @@ from lightning_superpipe.observe.unit_profile import UnitProfile
 from lightning_superpipe.planning.budget import AUTO_K
 from lightning_superpipe.planning.choose import Choice
 from lightning_superpipe.planning.disk_work import DiskWork
-from lightning_superpipe.tiers.disk import DiskSlab
 from tests.disk.loops import EVERYTHING, NUM_BLOCKS, WIDTH, Left, left, make, step, train
+from tests.tiers.late_files import hold
 
 NUM_STEPS = 12  # six are measured, then the plan changes
 PAGE = 4096
@@ -129,15 +129,10 @@ def test_what_was_measured_of_files_is_kept_in_a_profile(tmp_path: Path) -> None
 
 
 def test_a_slow_disk_is_seen_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch, start = DiskSlab.fetch, time.monotonic()
+    start = time.monotonic()
     train(None, steps=NUM_STEPS)
     delay_s = (time.monotonic() - start) / NUM_STEPS  # a read takes as long as all that a step computes
-
-    def slow(self: Any, memory: torch.Tensor) -> None:
-        time.sleep(delay_s)
-        fetch(self, memory)
-
-    monkeypatch.setattr(DiskSlab, "fetch", slow)
+    hold(monkeypatch, "fetch", lambda _: time.sleep(delay_s))
     _, report, choice = run(store="disk")
     assert choice.prediction.busiest == "disk"
     assert "disk alone takes" in report.plan

@@ -13,8 +13,8 @@ from lightning_superpipe import attach
 from lightning_superpipe.engine.unit import Unit
 from lightning_superpipe.optimizer import stored
 from lightning_superpipe.optimizer.bench import Bench
-from lightning_superpipe.tiers.disk import DiskSlab
 from tests.disk.loops import Left, left, make, step, train
+from tests.tiers.late_files import hold
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Patch = pytest.MonkeyPatch
@@ -99,14 +99,8 @@ def without_the_end_of_the_update(patch: Patch) -> None:
 
 
 def test_weights_changed_by_a_forward_are_brought_home_behind_the_write(monkeypatch: Patch) -> None:
-    store = DiskSlab.store
-
-    def late(self: DiskSlab, source: torch.Tensor) -> None:
-        time.sleep(0.02)
-        store(self, source)
-
     expected = train_clamped(None)
-    monkeypatch.setattr(DiskSlab, "store", late)
+    hold(monkeypatch, "store", lambda _: time.sleep(0.02))
     assert train_clamped({"store": "disk"}).equals(expected)
     without_the_end_of_the_update(monkeypatch)
     assert not train_clamped({"store": "disk"}).equals(expected)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from queue import Queue
-from typing import Any
 
 import pytest
 import torch
@@ -28,8 +26,9 @@ from lightning_superpipe.tiers import Places
 from lightning_superpipe.tiers.disk import DiskSlab
 from tests.engine.held_lanes import HeldLanes
 from tests.engine.policies import choices
-from tests.engine.test_offload import check_backward_after_the_session, poisoned
+from tests.engine.test_offload import check_backward_after_the_session, poisoned, with_events
 from tests.engine.tiny import CPU, Chain, Result, batches, chain, is_equal, open_engine, train
+from tests.tiers.late_files import hold
 
 pytestmark = [pytest.mark.usefixtures("everything_travels"), pytest.mark.filterwarnings("ignore")]
 
@@ -54,17 +53,6 @@ def files() -> Iterator[Places]:
     yield Places(SuperpipeConfig(store={"activations": "disk"}), pin=False, trains=True)
 
 
-def held(patch: Patch, name: str, wait: Callable[[int], object]) -> None:
-    """Let reads or writes begin late: when ``wait``, which is told how many went before, returns."""
-    original, numbers = getattr(DiskSlab, name), itertools.count()
-
-    def late(self: DiskSlab, memory: Tensor) -> None:
-        wait(next(numbers))
-        original(self, memory)
-
-    patch.setattr(DiskSlab, name, late)
-
-
 def train_with(tier: Places, lanes: Lanes, k: int = 2) -> Result:
     module, policies = chain(NUM_BLOCKS, dropout=0.1), choices(Policy.OFFLOAD, NUM_BLOCKS)
     with open_engine(module, lanes, k=k, choices=policies, tier=tier) as engine:
@@ -80,7 +68,7 @@ def train_with(tier: Places, lanes: Lanes, k: int = 2) -> Result:
 def test_reads_and_writes_may_take_any_time(files: Places, k: int, seed: int, monkeypatch: Patch) -> None:
     rng = random.Random(seed)
     for name in ("fetch", "store"):
-        held(monkeypatch, name, lambda _: time.sleep(rng.random() * 4e-3))
+        hold(monkeypatch, name, lambda _: time.sleep(rng.random() * 4e-3))
     lanes = ThreadLanes(CPU, None, max_delay_ms=0.5, seed=seed)
     assert is_equal(train_with(files, lanes, k), reference())
 
@@ -93,47 +81,32 @@ def test_copies_may_be_as_late_as_they_like(files: Places, held: Lane) -> None:
 # -- without one of the fences: what would have been waited for comes last, however fast the rest is
 
 
-def copies_of_activations(patch: Patch, name: str, events_of: Callable[[Any], Any] = lambda after: after) -> Queue[Any]:
-    """Change what copies of activations wait for; return the ends of the copies, in order."""
-    original, ends = getattr(Lanes, name), Queue[Any]()
-
-    def queued(self: Lanes, copies: Any, *, after: Any, label: Any) -> Any:
-        if label.name != "A":
-            return original(self, copies, after=after, label=label)
-        end = original(self, copies, after=events_of(after), label=label)
-        ends.put(end)
-        return end
-
-    patch.setattr(Lanes, name, queued)
-    return ends
-
-
 def without_finished_write(patch: Patch) -> None:
     """Reads do not wait for writes, and the first is over when writes begin."""
     patch.setattr(file_hop._Shelf, "ensure", lambda self: None)
     patch.setattr(file_hop, "ACTIVATION_BUFFERS", 2 * NUM_BLOCKS)  # or a buffer is waited for
     over, fetch = Queue[None](), DiskSlab.fetch
     patch.setattr(DiskSlab, "fetch", lambda self, memory: (fetch(self, memory), over.put(None)))
-    held(patch, "store", lambda number: None if number else over.get(timeout=PATIENCE_S))
+    hold(patch, "store", lambda number: None if number else over.get(timeout=PATIENCE_S))
 
 
 def without_free_buffer(patch: Patch) -> None:
     """Copies go into buffers that have not been written yet: the first one's is in use again when its write begins."""
     patch.setattr(Regardless, "query", lambda self: True)
     patch.setattr(Regardless, "synchronize", lambda self: None)
-    ends = copies_of_activations(patch, "d2h")
+    ends = with_events(patch, "d2h")
 
     def one_copy_more_than_buffers(number: int) -> None:
         for _ in range(0 if number else ACTIVATION_BUFFERS + 1):
             ends.get(timeout=PATIENCE_S).synchronize()
 
-    held(patch, "store", one_copy_more_than_buffers)
+    hold(patch, "store", one_copy_more_than_buffers)
 
 
 def without_finished_read(patch: Patch) -> None:
     """The copy to the device does not wait for the read, and is over when the read begins."""
-    ends = copies_of_activations(patch, "h2d", lambda after: after[:1])
-    held(patch, "fetch", lambda _: ends.get(timeout=PATIENCE_S).synchronize())
+    ends = with_events(patch, "h2d", lambda after: after[:1])
+    hold(patch, "fetch", lambda _: ends.get(timeout=PATIENCE_S).synchronize())
 
 
 @pytest.mark.parametrize("remove", [without_finished_write, without_free_buffer, without_finished_read])
@@ -179,7 +152,7 @@ def test_graphs_that_nobody_goes_back_through_give_their_room_back(files: Places
 
 
 def test_backward_after_the_session_reads_the_file(files: Places, monkeypatch: Patch) -> None:
-    held(monkeypatch, "store", lambda _: time.sleep(2e-2))
+    hold(monkeypatch, "store", lambda _: time.sleep(2e-2))
     check_backward_after_the_session(files)
 
 

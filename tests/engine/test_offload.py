@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from queue import Queue
 from typing import Any, NamedTuple
 
 import pytest
@@ -79,16 +80,19 @@ def test_copy_threads_may_be_as_late_as_they_like(held: Lane) -> None:
 # -- without one of the fences
 
 
-def with_events(patch: Patch, name: str, change: Callable[[list[Event]], list[Event]]) -> None:
-    """Change the events that copies of activations wait for."""
-    original = getattr(Lanes, name)
+def with_events(patch: Patch, name: str, change: Callable[[list[Event]], list[Event]] = list) -> Queue[Event]:
+    """Change the events that copies of activations wait for; return the ends of these copies, in order."""
+    original, ends = getattr(Lanes, name), Queue[Event]()
 
     def changed(self: Lanes, copies: Sequence[Copy], *, after: Sequence[Event], label: Label) -> Event:
-        after = change(list(after)) if label.name == "A" else after
-        result: Event = original(self, copies, after=after, label=label)
+        is_of_activations = label.name == "A"
+        result: Event = original(self, copies, after=change(list(after)) if is_of_activations else after, label=label)
+        if is_of_activations:
+            ends.put(result)
         return result
 
     patch.setattr(Lanes, name, changed)
+    return ends
 
 
 def without_ready_activation(patch: Patch) -> None:
