@@ -119,9 +119,11 @@ def test_file_has_its_full_size_before_anything_is_allocated(make: Make) -> None
 def test_room_that_was_taken_is_not_asked_for_again(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = make(with_undo=True)
     tier.reserve([NUM_BYTES])
+    size = os.fstat(tier.file.descriptor).st_size
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0})())
     tier.reserve([NUM_BYTES])
     tier.allocate(NUM_BYTES)
+    assert os.fstat(tier.file.descriptor).st_size == size
 
 
 def test_more_than_the_disk_has_is_refused_with_the_numbers(make: Make) -> None:
